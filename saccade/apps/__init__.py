@@ -1,0 +1,1 @@
+"""The command line. Parses, calls one public function, prints; nothing imports it."""
