@@ -37,12 +37,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="timm name, open_clip:MODEL[/TAG], hf-hub:ORG/NAME, local-dir:PATH, or a training checkpoint *.ckpt",
     )
-    group.add_argument("--weights", metavar="PATH", help="state dict, .safetensors or .pth; official key names accepted")
+    group.add_argument("--weights", metavar="PATH", help="state dict, .safetensors or .pth; official keys accepted")
     group.add_argument("--pretrained", action="store_true", help="allow timm to download its weights")
     group.add_argument("--random-weights", action="store_true", help="run although the model has no trained weights")
     group.add_argument("--img-size", type=int, metavar="PX", help="input size; default: the model's")
     group.add_argument("--crop-pct", type=float, metavar="F", help="share of the image that the centre crop keeps")
-    group.add_argument("--interpolation", choices=["bilinear", "bicubic", "nearest", "lanczos"], help="default: the model's")
+    group.add_argument("--interpolation", choices=["bilinear", "bicubic", "nearest", "lanczos"])
 
 
 def add_batch_options(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +59,7 @@ def add_batch_options(parser: argparse.ArgumentParser) -> None:
         help="for saccade's own operators (default: auto)",
     )
     compute.add_argument("-b", "--batch-size", type=int, default=32, metavar="N", help="default: 32")
-    compute.add_argument("-j", "--num-workers", type=int, metavar="N", help="decoding processes; default: min(4, cores)")
+    compute.add_argument("-j", "--num-workers", type=int, metavar="N", help="decoding processes (default: up to 4)")
     compute.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     compute.add_argument("--deterministic", action="store_true", help="only deterministic algorithms")
     run = parser.add_argument_group("run")
