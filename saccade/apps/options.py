@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from saccade.batch import BatchOptions
+    from saccade.vision_backbones.loading import ModelSource
 
-__all__ = ["add_batch_options", "add_input_options", "add_model_options", "batch_options", "comma_list"]
+__all__ = ["add_batch_options", "add_input_options", "add_model_options", "batch_options", "comma_list", "model_source"]
 
 
 def comma_list(text: str) -> list[str]:
@@ -77,6 +78,21 @@ def add_batch_options(parser: argparse.ArgumentParser) -> None:
     screen.add_argument("--log-file", metavar="FILE", help="append what goes to the screen to FILE")
     screen.add_argument("--json", action="store_true", help="print the summary as one JSON document on stdout")
     screen.add_argument("--no-color", action="store_true", help="plain text; NO_COLOR is honoured too")
+
+
+def model_source(args: argparse.Namespace) -> ModelSource:
+    """Collect the parsed model options into the object that the public functions take."""
+    from saccade.vision_backbones.loading import ModelSource
+
+    return ModelSource(
+        args.model,
+        weights=args.weights,
+        pretrained=args.pretrained,
+        random_weights=args.random_weights,
+        img_size=args.img_size,
+        crop_pct=args.crop_pct,
+        interpolation=args.interpolation,
+    )
 
 
 def batch_options(args: argparse.Namespace) -> BatchOptions:

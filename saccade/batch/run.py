@@ -40,23 +40,22 @@ class RunFiles:
     """Where a run keeps its manifest and its journal.
 
     Args:
-        out: The output as the user named it: a file, or a folder (ends in ``/``, exists as one, or has no extension).
+        out: The output as the user named it.
         shard: ``""`` or ``"shard2of3"``.
+        is_folder: Whether the output is a folder with files inside, rather than a file (or a zarr store).
     """
 
     out: Path
     shard: str
+    is_folder: bool
 
     @classmethod
     def of(cls, out: str | Path, options: BatchOptions) -> RunFiles:
         """Derive the names from ``--out`` and ``--shard``."""
-        sharded = options.shard_count > 1
-        return cls(Path(out), f"shard{options.shard_index}of{options.shard_count}" if sharded else "")
-
-    @property
-    def is_folder(self) -> bool:
-        """Whether the output is a folder with files inside."""
-        return self.out.is_dir() or not self.out.suffix
+        path = Path(out)
+        shard = f"shard{options.shard_index}of{options.shard_count}" if options.shard_count > 1 else ""
+        exists_as_folder = path.is_dir() and path.suffix.lower() != ".zarr"
+        return cls(path, shard, str(out).endswith("/") or exists_as_folder or not path.suffix)
 
     def beside(self, name: str) -> Path:
         """Return the path of ``run.json`` and the like: inside the folder, or beside the file."""
@@ -219,12 +218,13 @@ class Run:
         ]
         if command != self.command:
             changes.insert(0, f"command: {command!r} -> {self.command!r}")
-        if changes:
+        entries = read_entries(self.files.journal)
+        if changes and entries:
             raise ConfigError(
                 f"{self.files.manifest} belongs to a run with other settings ({'; '.join(changes)}). "
                 "Choose another --out, or pass --overwrite to discard the earlier run."
             )
-        return read_entries(self.files.journal)
+        return entries
 
     def __enter__(self) -> Self:
         options = self.options

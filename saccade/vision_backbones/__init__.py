@@ -1,0 +1,36 @@
+"""Image models: timm's and our own, registered in timm by importing this package."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from saccade.vision_backbones.attend import attend as attend
+    from saccade.vision_backbones.classifier import ImageClassifier as ImageClassifier
+    from saccade.vision_backbones.inference import classify as classify
+    from saccade.vision_backbones.inference import embed as embed
+    from saccade.vision_backbones.loading import LoadedModel as LoadedModel
+    from saccade.vision_backbones.loading import ModelSource as ModelSource
+    from saccade.vision_backbones.loading import create_model as create_model
+    from saccade.vision_backbones.loading import load_model as load_model
+
+# Looked up on first use: a worker process that decodes images needs neither Lightning nor matplotlib.
+LAZY = {
+    "ImageClassifier": "classifier",
+    "LoadedModel": "loading",
+    "ModelSource": "loading",
+    "attend": "attend",
+    "classify": "inference",
+    "create_model": "loading",
+    "embed": "inference",
+    "load_model": "loading",
+}
+
+__all__ = ["ImageClassifier", "LoadedModel", "ModelSource", "attend", "classify", "create_model", "embed", "load_model"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{LAZY[name]}"), name)

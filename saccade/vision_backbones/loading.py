@@ -1,0 +1,334 @@
+"""From what the user calls a model to a model with weights, its preprocessing and its class names."""
+
+from __future__ import annotations
+
+import inspect
+import socket
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from saccade.checkpoints import file_digest, filter_state_dict, load_weights, read_checkpoint, read_state_dict
+from saccade.errors import CheckpointError, ConfigError, MissingResourceError, require, suggest
+
+__all__ = ["LoadedModel", "ModelSource", "create_model", "load_model"]
+
+HUB = ("huggingface.co", 443)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Which model, which weights, which preprocessing.
+
+    Args:
+        name: timm name; ``open_clip:MODEL[/TAG]``; ``hf-hub:ORG/NAME`` or ``local-dir:PATH`` (timm or open_clip, by the
+            configuration file found there); or a checkpoint ``*.ckpt`` written by ``saccade fit``.
+        weights: State dict for a timm or open_clip name, under its own or the official key names. The number of classes
+            is taken from it.
+        pretrained: Use the weights that timm knows for this name, downloading them if need be.
+        random_weights: Accept a model without trained weights.
+        img_size: Input height and width in pixels; ``None`` means the model's.
+        crop_pct: Share of the resized image that the centre crop keeps; ``None`` means the model's.
+        interpolation: ``"bilinear"``, ``"bicubic"``, ``"nearest"`` or ``"lanczos"``; ``None`` means the model's.
+    """
+
+    name: str
+    weights: str | Path | None = None
+    pretrained: bool = False
+    random_weights: bool = False
+    img_size: int | None = None
+    crop_pct: float | None = None
+    interpolation: str | None = None
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready for inference, with what is needed to feed it and to read it.
+
+    Args:
+        model: The network in evaluation mode, on the CPU. Its output is logits, or features if ``num_classes`` is 0.
+        name: The name as the user gave it.
+        weights: Origin and identity of the weights: ``"file:<sha256>"``, ``"pretrained:<tag>"`` or ``"random"``.
+        data_config: timm's description of the preprocessing: ``input_size``, ``mean``, ``std``, ``interpolation``,
+            ``crop_pct``, ``crop_mode``.
+        class_names: Names by class index, or ``None`` if nobody knows them.
+    """
+
+    model: nn.Module
+    name: str
+    weights: str
+    data_config: dict[str, Any] = field(repr=False)
+    class_names: list[str] | None = field(default=None, repr=False)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights."""
+        return sum(p.numel() for p in self.model.parameters())
+
+
+def create_model(name: str, **kwargs: Any) -> nn.Module:  # noqa: ANN401 - passed through to timm
+    """Build a model by its timm name, saccade's own included; see ``timm.create_model``.
+
+    Raises:
+        ConfigError: If there is no such model, or its constructor does not take the arguments.
+    """
+    check_name(name)
+    try:
+        model: nn.Module = timm.create_model(name, **kwargs)
+    except TypeError as error:
+        raise ConfigError(f"Model {name!r} cannot be built with {kwargs}: {error}.") from error
+    return model
+
+
+def load_model(source: str | ModelSource, *, seed: int = 0) -> LoadedModel:
+    """Build a model with trained weights.
+
+    Args:
+        source: What to load; a bare name is short for ``ModelSource(name)``.
+        seed: Seed of a random initialisation.
+
+    Returns:
+        The model in evaluation mode on the CPU, with its preprocessing.
+
+    Raises:
+        ConfigError: If the name is unknown, or the model would have no trained weights and that was not asked for.
+        CheckpointError: If weights do not fit.
+        MissingResourceError: If a download is needed and the hub cannot be reached.
+    """
+    source = ModelSource(source) if isinstance(source, str) else source
+    name = source.name
+    torch.manual_seed(seed)
+    if name.endswith(".ckpt"):
+        loaded = from_training(source)
+    elif name.startswith(("open_clip:", "hf-hub:", "local-dir:")) and (clip := open_clip_name(name)):
+        loaded = from_open_clip(source, clip)
+    else:
+        loaded = from_timm(source)
+    overrides: dict[str, Any] = {"crop_pct": source.crop_pct, "interpolation": source.interpolation}
+    if source.img_size is not None:
+        overrides["input_size"] = (loaded.data_config["input_size"][0], source.img_size, source.img_size)
+    loaded.data_config.update({key: value for key, value in overrides.items() if value is not None})
+    loaded.model.eval()
+    return loaded
+
+
+def from_timm(source: ModelSource) -> LoadedModel:
+    """Load a timm model from the registry, a hub repository or a local folder."""
+    name, weights = source.name, source.weights
+    from_source = name.startswith(("hf-hub:", "local-dir:"))
+    if not from_source:
+        check_name(name)
+        if not (weights or source.pretrained or source.random_weights):
+            raise ConfigError(
+                f"Model {name!r} would have random weights. Pass --weights FILE, --pretrained, a checkpoint, "
+                "local-dir: or hf-hub:, or say --random-weights if that is what you want."
+            )
+    options = size_option(name, source.img_size) if not from_source else {}
+    if weights is not None:
+        state = read_state_dict(weights)
+        model = fit_classes(name, options, state)
+        load_weights(model, state, source=weights)
+        origin = f"file:{file_digest(weights)}"
+    elif source.pretrained or from_source:
+        model = download(name, options)
+        cfg: Any = model.pretrained_cfg
+        origin = f"pretrained:{cfg.get('tag') or cfg.get('hf_hub_id') or 'local'}"
+        if name.startswith("local-dir:"):
+            origin = "file:" + ",".join(file_digest(f) for f in sorted(Path(name.partition(":")[2]).glob("*model*.*")))
+    else:
+        model = create_model(name, **options)
+        origin = "random"
+    names = imagenet_names(model) if origin.startswith("pretrained") else None
+    return LoadedModel(model, name, origin, timm.data.resolve_model_data_config(model), names)
+
+
+def from_training(source: ModelSource) -> LoadedModel:
+    """Load a checkpoint of ``saccade fit``; needs no Lightning."""
+    path = source.name
+    if source.weights is not None:
+        raise ConfigError(f"{path} has its own weights; leave --weights out, or pass the model's name instead.")
+    content = read_checkpoint(path)
+    facts = content.get("saccade")
+    if not isinstance(facts, Mapping) or facts.get("task") != "image":
+        raise CheckpointError(
+            f"{path} was not written by `saccade fit` for images (no 'saccade' entry). "
+            "For other weights pass the model's name with -m and the file with --weights."
+        )
+    state: Mapping[str, Tensor] = content["state_dict"]
+    prefix = "ema." if any(key.startswith("ema.") for key in state) else "model."
+    options = dict(facts["backbone_kwargs"])
+    options |= size_option(facts["backbone"], source.img_size)
+    model = create_model(facts["backbone"], num_classes=facts["num_classes"], **options)
+    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    load_weights(model, own, source=path)
+    return LoadedModel(model, path, f"file:{file_digest(path)}", dict(facts["data_config"]), list(facts["class_names"]))
+
+
+def from_open_clip(source: ModelSource, clip: tuple[str, str | None]) -> LoadedModel:
+    """Load the image tower of an open_clip model; its output is the image embedding."""
+    name, weights = source.name, source.weights
+    open_clip = require("open_clip", purpose=f"Model {name!r}")
+    model_name, tag = clip
+    on_disk = model_name.startswith(("hf-hub:", "local-dir:"))
+    if not on_disk and model_name not in open_clip.list_models():
+        raise ConfigError(f"Unknown open_clip model {model_name!r}.{suggest(model_name, open_clip.list_models())}")
+    if tag is not None and not Path(tag).exists():
+        known = open_clip.list_pretrained_tags_by_model(model_name)
+        if tag not in known:
+            raise ConfigError(
+                f"Unknown weights {tag!r} of {model_name}.{suggest(tag, known)} Known: {', '.join(known)}."
+            )
+    if not (tag or weights or source.random_weights or on_disk):
+        raise ConfigError(f"Model {name!r} would have random weights. Name a tag, pass --weights, or --random-weights.")
+    if (tag and not Path(tag).exists()) or model_name.startswith("hf-hub:"):
+        go_offline_if_unreachable()
+    try:
+        whole = open_clip.create_model(model_name, pretrained=tag, load_weights=on_disk or tag is not None)
+    except (OSError, RuntimeError) as error:
+        raise missing(name, error) from error
+    if weights is not None:
+        load_weights(whole, read_state_dict(weights), source=weights)
+    tower = whole.visual
+    tower.num_classes = 0
+    cfg = tower.preprocess_cfg
+    size = cfg["size"] if isinstance(cfg["size"], tuple | list) else (cfg["size"], cfg["size"])
+    data_config = {
+        "input_size": (3, *size),
+        "mean": tuple(cfg["mean"]),
+        "std": tuple(cfg["std"]),
+        "interpolation": cfg["interpolation"],
+        "crop_pct": 1.0,
+        "crop_mode": {"shortest": "center", "squash": "squash", "longest": "border"}[cfg["resize_mode"]],
+    }
+    file = weights or (tag if tag and Path(tag).exists() else None)
+    if model_name.startswith("local-dir:"):
+        folder = Path(model_name.partition(":")[2])
+        origin = "file:" + ",".join(file_digest(f) for f in sorted(folder.glob("open_clip*.*")) if f.suffix != ".json")
+    elif file is not None:
+        origin = f"file:{file_digest(file)}"
+    else:
+        origin = f"pretrained:{tag or model_name}" if tag or on_disk else "random"
+    return LoadedModel(tower, name, origin, data_config)
+
+
+def open_clip_name(name: str) -> tuple[str, str | None] | None:
+    """Return (model, tag) if a prefixed name means open_clip, ``None`` if it means timm.
+
+    Raises:
+        ConfigError: If a local folder holds neither configuration.
+        MissingResourceError: If a hub repository is not in the cache and cannot be reached.
+    """
+    source, _, rest = name.partition(":")
+    if source == "open_clip":
+        model, _, tag = rest.partition("/")
+        return model, tag or None
+    if source == "local-dir":
+        folder = Path(rest)
+        if (folder / "open_clip_config.json").is_file():
+            return name, None
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{folder} holds neither config.json (timm) nor open_clip_config.json (open_clip).")
+        return None
+    from huggingface_hub import hf_hub_download
+
+    go_offline_if_unreachable()
+    errors = []
+    for file, answer in (("config.json", None), ("open_clip_config.json", (name, None))):
+        try:
+            hf_hub_download(rest, file)
+        except (OSError, ValueError, RuntimeError) as error:
+            errors.append(error)
+        else:
+            return answer
+    raise missing(name, errors[0])
+
+
+def download(name: str, options: dict[str, Any]) -> nn.Module:
+    """Build a timm model with the weights that it names."""
+    if name.startswith("hf-hub:") or ":" not in name:
+        if ":" not in name:
+            cfg = timm.models.get_pretrained_cfg(name)
+            if cfg is None or not cfg.has_weights:
+                tags = timm.list_pretrained(f"{name.split('.')[0]}*")[:5]
+                raise ConfigError(
+                    f"timm has no weights for {name!r}. " + (f"Some it has: {', '.join(tags)}." if tags else "")
+                )
+        go_offline_if_unreachable()
+    try:
+        return create_model(name, pretrained=True, **options)
+    except ConfigError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        raise missing(name, error) from error
+
+
+def go_offline_if_unreachable(seconds: float = 1.0) -> None:
+    """Tell huggingface_hub to use its cache alone when the hub does not answer, instead of retrying for a minute."""
+    from huggingface_hub import constants
+
+    answered: list[bool] = []
+
+    def probe() -> None:
+        try:
+            socket.create_connection(HUB, timeout=seconds).close()
+            answered.append(True)
+        except OSError:
+            pass
+
+    thread = threading.Thread(target=probe, daemon=True)  # name resolution has no time limit of its own
+    thread.start()
+    thread.join(seconds)
+    if not answered:
+        constants.HF_HUB_OFFLINE = True
+
+
+def missing(name: str, error: Exception) -> MissingResourceError:
+    """Return the error for weights that cannot be had."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return MissingResourceError(
+        f"Model {name!r} is not in the local cache and cannot be downloaded ({reason}). "
+        "Download it elsewhere and pass --model local-dir:PATH or --weights FILE."
+    )
+
+
+def check_name(name: str) -> None:
+    """Raise a helpful error unless timm knows the name."""
+    if name.startswith(("hf-hub:", "local-dir:")) or timm.is_model(name):
+        return
+    raise ConfigError(f"Unknown model {name!r}.{suggest(name, timm.list_models())} All names: saccade list models.")
+
+
+def size_option(name: str, img_size: int | None) -> dict[str, int]:
+    """Return ``{"img_size": ...}`` for models whose weights depend on the input size, else nothing."""
+    if img_size is None:
+        return {}
+    parameters = inspect.signature(type(create_model(name)).__init__).parameters
+    return {"img_size": img_size} if "img_size" in parameters else {}
+
+
+def fit_classes(name: str, options: dict[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
+    """Build a model with as many classes as the state dict has."""
+    model = create_model(name, **options)
+    default_cfg: Any = model.default_cfg
+    classifier = default_cfg.get("classifier")
+    first = classifier[0] if isinstance(classifier, tuple | list) else classifier
+    weight = filter_state_dict(state, model).get(f"{first}.weight")
+    classes = 0 if weight is None else weight.shape[0]
+    if classes and classes != model.num_classes:
+        return create_model(name, num_classes=classes, **options)
+    return create_model(name, num_classes=0, **options) if classes == 0 else model
+
+
+def imagenet_names(model: nn.Module) -> list[str] | None:
+    """Return the class names of a model trained on ImageNet."""
+    subset = timm.data.infer_imagenet_subset(model)
+    if subset is None:
+        return None
+    info = timm.data.ImageNetInfo(subset)
+    return [info.index_to_description(index) for index in range(info.num_classes())]
