@@ -160,8 +160,8 @@ def fresh(output: ArrayOutput) -> ArrayOutput:
 
 def append_all(output: ArrayOutput, rows: Any, names: Sequence[str]) -> list[str]:  # noqa: ANN401 - any array
     """Append the rows of one shard and return their names."""
-    if len(rows) != len(names):
-        raise ConfigError(f"A shard of {output.path.name} has {len(rows)} rows for {len(names)} items.")
+    if rows.shape[0] != len(names):
+        raise ConfigError(f"A shard of {output.path.name} has {rows.shape[0]} rows for {len(names)} items.")
     for index, name in enumerate(names):
         output.append(name, np.asarray(rows[index]))
     return list(names)

@@ -149,7 +149,7 @@ class ArrayOutput:
 
     def copy_back(self, rows: Any, names: Sequence[str]) -> None:  # noqa: ANN401 - h5py, zarr or numpy array
         """Write the rows of a finished file into a new journal, atomically."""
-        if len(rows) != len(names):
+        if rows.shape[0] != len(names):
             raise ConfigError(f"{self.path} does not belong to its items.jsonl. Pass --overwrite to start again.")
         temporary = self.part.with_name(self.part.name + ".tmp")
         self.part, final = temporary, self.part

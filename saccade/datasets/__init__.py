@@ -1,1 +1,45 @@
 """LightningDataModules and file readers."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from saccade.datasets.digits import DigitsData as DigitsData
+    from saccade.datasets.folder import ImageFolderData as ImageFolderData
+    from saccade.datasets.idx import IDXData as IDXData
+    from saccade.datasets.idx import read_idx as read_idx
+    from saccade.datasets.image_data import Augmentation as Augmentation
+    from saccade.datasets.image_data import ImageData as ImageData
+    from saccade.datasets.image_data import Preprocess as Preprocess
+    from saccade.datasets.images import read_image as read_image
+
+# Looked up on first use: reading an image must not import Lightning.
+LAZY = {
+    "Augmentation": "image_data",
+    "DigitsData": "digits",
+    "IDXData": "idx",
+    "ImageData": "image_data",
+    "ImageFolderData": "folder",
+    "Preprocess": "image_data",
+    "read_idx": "idx",
+    "read_image": "images",
+}
+
+__all__ = [
+    "Augmentation",
+    "DigitsData",
+    "IDXData",
+    "ImageData",
+    "ImageFolderData",
+    "Preprocess",
+    "read_idx",
+    "read_image",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{LAZY[name]}"), name)
