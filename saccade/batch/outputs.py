@@ -112,7 +112,9 @@ class ArrayOutput:
         """
         self.close()
         records = self.records()
-        if records is None:
+        if records is None:  # nothing succeeded; the file still says that the run is complete
+            self.part.unlink(missing_ok=True)
+            self.write(np.zeros((0, 0), np.float32), [], [])
             return
         rows = {bytes(digest): index for index, digest in enumerate(records["id"])}  # the last row of an id counts
         self.write(records["row"], [rows[digest_of(identifier)] for identifier in ids], ids)
