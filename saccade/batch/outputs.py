@@ -132,7 +132,7 @@ class ArrayOutput:
                 array.flush()
                 return
             with open_container(temporary, "w") as container:
-                chunks = (max(1, min(step, len(order))), *shape[1:])
+                chunks = (min(step, len(order)), *shape[1:]) if order else None
                 array = create_array(container, self.dataset, shape=shape, dtype=rows.dtype, chunks=chunks)
                 for start in range(0, len(order), step):
                     array[start : start + step] = rows[order[start : start + step]]

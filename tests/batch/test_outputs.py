@@ -108,11 +108,12 @@ def test_many_rows_are_written_in_pieces(tmp_path, monkeypatch):
     assert np.array_equal(load(tmp_path / "x.h5")[0], values)
 
 
-def test_a_run_without_any_success_leaves_an_empty_file(tmp_path):
-    output = ArrayOutput(tmp_path / "x.h5", dataset="features")
-    output.finish([])
-    assert load(tmp_path / "x.h5")[0].shape == (0, 0)
-    assert ArrayOutput(tmp_path / "x.h5", dataset="features").resume([]) == set()
+@pytest.mark.parametrize("suffix", [".h5", ".npy"])
+def test_a_run_without_any_success_leaves_an_empty_file(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    ArrayOutput(path, dataset="features").finish([])
+    assert load(path)[0].shape == (0, 0)
+    assert ArrayOutput(path, dataset="features").resume([]) == set()
 
 
 def test_unknown_extension(tmp_path):
