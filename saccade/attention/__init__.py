@@ -1,0 +1,18 @@
+"""The attention core: operators that every system of this package is composed of. Imports torch alone."""
+
+from saccade.attention.dispatch import Decision, Explanation, Operator, explain, operators, use_backend
+from saccade.attention.merge import AttentionLSE, merge_partials
+from saccade.attention.softmax import attention, attention_lse
+
+__all__ = [
+    "AttentionLSE",
+    "Decision",
+    "Explanation",
+    "Operator",
+    "attention",
+    "attention_lse",
+    "explain",
+    "merge_partials",
+    "operators",
+    "use_backend",
+]
