@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from saccade.attention.dispatch import Decision
 from saccade.attention.merge import AttentionLSE, merge_partials
@@ -62,12 +61,12 @@ def sdpa_attention(
     if scale is None:
         scale = query.shape[-1] ** -0.5
     value_dim = value.shape[-1]
-    if query.is_cpu and query.shape[-1] != value_dim:  # the fused CPU kernel wants one width
+    if query.is_cpu:  # the fused CPU kernel wants one width
         width = max(query.shape[-1], value_dim)
         query, key, value = widen(query, width), widen(key, width), widen(value, width)
     flash_cuda = mask is None and bias is None and query.dtype in (torch.float16, torch.bfloat16)
-    if query.is_cuda and not flash_cuda:  # its other kernels do not read grouped heads in place
-        group = query.shape[1] // key.shape[1]
+    group = query.shape[1] // key.shape[1]
+    if query.is_cuda and group > 1 and not flash_cuda:  # the other CUDA kernels do not read grouped heads in place
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     early = early_queries(query, key, causal)
     query, mask, bias = query[:, :, early:], later_rows(mask, early), later_rows(bias, early)
@@ -76,23 +75,25 @@ def sdpa_attention(
         out = causal_sdpa(query, key, value, scale, dropout_p)
     else:
         out = masked_sdpa(query, key, value, combine(query, key, mask, bias, triangle), scale, dropout_p)
-    return F.pad(out[..., :value_dim], [0, 0, early, 0])
+    out = out[..., :value_dim]
+    return F.pad(out, [0, 0, early, 0]) if early > 0 else out
 
 
 def causal_sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout_p: float) -> Tensor:
     """Run SDPA with a bottom-right causal mask and L <= S; its own ``is_causal`` is aligned top-left."""
-    grouped = query.shape[1] != key.shape[1]
     if query.shape[2] == key.shape[2]:
-        return F.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout_p, is_causal=True, scale=scale, enable_gqa=grouped
-        )
+        return sdpa(query, key, value, None, True, scale, dropout_p)
     if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript knows this condition on its own only)
-        if not torch.compiler.is_exporting():  # the CUDA kernels know this alignment and need no mask in memory
-            lower_right = causal_lower_right(query.shape[2], key.shape[2])
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=lower_right, dropout_p=dropout_p, scale=scale, enable_gqa=grouped
-            )
+        if query.is_cuda and not torch.compiler.is_exporting():
+            return lower_right_sdpa(query, key, value, scale, dropout_p)
     return masked_sdpa(query, key, value, lower_triangle(query, key), scale, dropout_p)
+
+
+def lower_right_sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout_p: float) -> Tensor:
+    """Run SDPA with torch's own bottom-right causal bias, for which the CUDA kernels need no mask in memory."""
+    from torch.nn.attention.bias import causal_lower_right  # imports torch.compile's machinery, and Triton with it
+
+    return sdpa(query, key, value, causal_lower_right(query.shape[2], key.shape[2]), False, scale, dropout_p)
 
 
 def masked_sdpa(
@@ -102,16 +103,32 @@ def masked_sdpa(
 
     The CPU kernels give zeros for such rows. Not all CUDA kernels do, so there the row is opened, and cleared after.
     """
-    grouped = query.shape[1] != key.shape[1]
     if scores_mask is None or query.is_cpu:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=scores_mask, dropout_p=dropout_p, scale=scale, enable_gqa=grouped
-        )
+        return sdpa(query, key, value, scores_mask, False, scale, dropout_p)
     scores_mask, blind = open_blind_rows(scores_mask)
-    out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=scores_mask, dropout_p=dropout_p, scale=scale, enable_gqa=grouped
+    return sdpa(query, key, value, scores_mask, False, scale, dropout_p).masked_fill(blind, 0.0)
+
+
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores_mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+) -> Tensor:
+    """Call torch's function, grouped heads included."""
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=scores_mask,
+        dropout_p=dropout_p,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
-    return out.masked_fill(blind, 0.0)
 
 
 def open_blind_rows(scores_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,7 +173,7 @@ def combine(query: Tensor, key: Tensor, mask: Tensor | None, bias: Tensor | None
 
 def widen(tensor: Tensor, width: int) -> Tensor:
     """Append zero columns up to ``width``."""
-    return F.pad(tensor, [0, width - tensor.shape[-1]])
+    return tensor if tensor.shape[-1] == width else F.pad(tensor, [0, width - tensor.shape[-1]])
 
 
 def sdpa_attention_lse(
@@ -189,7 +206,10 @@ def sdpa_attention_lse(
         if scores_mask is not None and scores_mask.dtype == torch.bool:
             scores_mask = torch.zeros_like(scores_mask, dtype=query.dtype).masked_fill(~scores_mask, -torch.inf)
         out, lse = cpu_attention_lse(query, key, value, scores_mask, False, scale)
-    return AttentionLSE(F.pad(out[..., :value_dim], [0, 0, early, 0]), F.pad(lse, [early, 0], value=-torch.inf))
+    out = out[..., :value_dim]
+    if early > 0:
+        out, lse = F.pad(out, [0, 0, early, 0]), F.pad(lse, [early, 0], value=-torch.inf)
+    return AttentionLSE(out, lse)
 
 
 def kernel_view(tensor: Tensor, width: int) -> Tensor:
