@@ -185,7 +185,7 @@ def sdpa_attention_lse(
     causal: bool,
     scale: float | None,
 ) -> AttentionLSE:
-    """Run the CPU kernel beneath SDPA, which also returns the log-sum-exp; never holds L x S scores."""
+    """Run the CPU kernel beneath SDPA, which also returns the log-sum-exp and never holds the L x S scores."""
     if scale is None:
         scale = query.shape[-1] ** -0.5
     value_dim = value.shape[-1]
@@ -193,19 +193,18 @@ def sdpa_attention_lse(
     query, key, value = kernel_view(query, width), kernel_view(key, width), kernel_view(value, width)
     early = early_queries(query, key, causal)
     query, mask, bias = query[:, :, early:], later_rows(mask, early), later_rows(bias, early)
-    queries, keys = query.shape[2], key.shape[2]
-    triangle = causal and queries != 1
-    if triangle and mask is None and bias is None:
-        first = keys - queries  # every query sees the keys before this one; the rest is a square triangle
-        partials = [cpu_attention_lse(query, key[:, :, first:], value[:, :, first:], None, True, scale)]
-        if first > 0:
-            partials.append(cpu_attention_lse(query, key[:, :, :first], value[:, :, :first], None, False, scale))
-        out, lse = merge_partials(partials)
+    triangle = causal and query.shape[2] != 1
+    plain = triangle and mask is None and bias is None
+    first = key.shape[2] - query.shape[2]
+    if plain and first > 0:  # every query sees the keys before ``first``; the others form a square triangle
+        every = cpu_attention_lse(query, key[:, :, :first], value[:, :, :first], None, False, scale)
+        later = cpu_attention_lse(query, key[:, :, first:], value[:, :, first:], None, True, scale)
+        out, lse = merge_partials([every, later])
     else:
-        scores_mask = combine(query, key, mask, bias, triangle)
+        scores_mask = None if plain else combine(query, key, mask, bias, triangle)
         if scores_mask is not None and scores_mask.dtype == torch.bool:
             scores_mask = torch.zeros_like(scores_mask, dtype=query.dtype).masked_fill(~scores_mask, -torch.inf)
-        out, lse = cpu_attention_lse(query, key, value, scores_mask, False, scale)
+        out, lse = cpu_attention_lse(query, key, value, scores_mask, plain, scale)
     out = out[..., :value_dim]
     if early > 0:
         out, lse = F.pad(out, [0, 0, early, 0]), F.pad(lse, [early, 0], value=-torch.inf)
