@@ -1,0 +1,55 @@
+"""Ours beside a peer: alternating calls in one process, medians, ratios, peak memory, JSON with the machine's description."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from saccade.apps.measure import machine, measure_alternating
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def compare(
+    case: str,
+    functions: dict[str, Callable[[], object]],
+    *,
+    work: int = 1,
+    unit: str = "calls",
+    repeats: int = 7,
+    warmup: int = 1,
+) -> dict[str, object]:
+    """Time functions that do the same work and print one row for each.
+
+    Args:
+        case: What is compared.
+        functions: Ours first, then its peers.
+        work: Units of work in one call.
+        unit: Plural noun of the units.
+        repeats: Timed calls of each.
+        warmup: Untimed calls of each beforehand.
+
+    Returns:
+        Timings by name, and the time of each peer as a multiple of ours (above 1: ours is faster).
+    """
+    timings = measure_alternating(functions, repeats=repeats, warmup=warmup)
+    ours = next(iter(timings.values())).median_ms
+    print(case)
+    rows = {}
+    for name, timing in timings.items():
+        speed = work / timing.median_ms * 1000
+        ratio = timing.median_ms / ours
+        rows[name] = asdict(timing) | {f"{unit}_per_s": speed, "time_over_ours": ratio}
+        print(
+            f"  {name:<28}{timing.median_ms:>11.1f} ms +- {timing.spread_ms:<8.1f}{speed:>9.1f} {unit}/s"
+            f"{timing.peak_mib:>9.1f} MiB   {ratio:.2f} x ours"
+        )
+    return {"case": case, "work": work, "unit": unit, "rows": rows}
+
+
+def save(name: str, cases: list[dict[str, object]]) -> None:
+    """Write the results of one benchmark, with what they depend on, to ``results/NAME.json``."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), "cases": cases}, indent=1) + "\n")
+    print(f"-> {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
