@@ -1,1 +1,1 @@
-"""Speed and memory, ours beside a peer, in one process. ``python -m benchmarks [NAME ...]``; results in ``results/``."""
+"""Speed and memory, ours beside a peer, in one process: ``python -m benchmarks NAME``; results in ``results/``."""

@@ -1,4 +1,4 @@
-"""Ours beside a peer: alternating calls in one process, medians, ratios, peak memory, JSON with the machine's description."""
+"""Ours beside a peer: alternating calls in one process, medians, ratios, peak memory, JSON with the machine."""
 
 import json
 from collections.abc import Callable
