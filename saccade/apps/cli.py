@@ -14,7 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from saccade import __version__
-from saccade.errors import ConfigError, MissingDependencyError, MissingResourceError, SaccadeError, suggest
+from saccade.errors import (
+    BackendError,
+    ConfigError,
+    MissingDependencyError,
+    MissingResourceError,
+    SaccadeError,
+    suggest,
+)
 
 __all__ = ["COMMANDS", "Command", "build_parser", "main"]
 
@@ -135,7 +142,7 @@ def dispatch(command: Command, arguments: list[str]) -> int:
 
 def exit_code(error: SaccadeError) -> int:
     """Return the exit code for an error that ended a command."""
-    if isinstance(error, MissingDependencyError | MissingResourceError):
+    if isinstance(error, MissingDependencyError | MissingResourceError | BackendError):
         return 4
     return 2 if isinstance(error, ConfigError) else 1
 

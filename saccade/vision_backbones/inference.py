@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from saccade import __version__
+from saccade.attention import use_backend
 from saccade.batch import (
     IMAGE_EXTENSIONS,
     ArrayOutput,
@@ -322,9 +323,7 @@ class Session:
         """Run the model over all pending items."""
         self.loaded.model.to(self.device)
         forward = Forward(function, self.device, self.dtype)
-        pending = run.pending
-        batch_size = min(self.options.batch_size, len(self.items))
-        with run:
+        with run, use_backend(self.options.attention_backend):
             forward.say = run.reporter.say
             pending = run.pending
             if self.options.dry_run or not pending:
@@ -332,7 +331,7 @@ class Session:
             batches = image_batches(
                 [item.path for item in pending],
                 self.loaded.data_config,
-                batch_size=batch_size,
+                batch_size=min(self.options.batch_size, len(self.items)),
                 num_workers=self.options.workers,
                 device=self.device,
             )
