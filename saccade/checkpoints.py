@@ -5,6 +5,7 @@ Nothing is unpickled beyond tensors and plain containers, so a downloaded file c
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import sys
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from saccade.errors import CheckpointError, ConfigError
 __all__ = [
     "KeyReport",
     "file_digest",
+    "file_sha256",
     "filter_state_dict",
     "load_weights",
     "match_keys",
@@ -62,11 +64,30 @@ class KeyReport:
                 lines.append(f"{len(keys)} {name}: {shown}")
         return "; ".join(lines)
 
+    def details(self) -> str:
+        """Return every key that is not accounted for, one a line under its heading."""
+        headings = {
+            "missing": "missing: the model has them, the file does not",
+            "unexpected": "unexpected: the file has them, the model does not",
+            "reshaped": "reshaped: file -> model",
+        }
+        lines = [f"  {len(self.matched)} keys match"]
+        for name, heading in headings.items():
+            keys = getattr(self, name)
+            if keys:
+                lines += [f"  {len(keys)} {heading}", *(f"    {key}" for key in keys)]
+        return "\n".join(lines)
+
+
+def file_sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file, 64 hexadecimal digits."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
 
 def file_digest(path: str | Path) -> str:
     """Return the first 16 hexadecimal digits of a file's SHA-256, its identity in manifests."""
-    with Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+    return file_sha256(path)[:16]
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -90,7 +111,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             from safetensors.torch import load_file
 
             return dict(load_file(file))
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip(file))
+        with torch.serialization.safe_globals(
+            [argparse.Namespace]
+        ):  # the options of a run, in most training checkpoints
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip(file))
     except UnpicklingError as error:
         raise CheckpointError(
             f"{file} holds more than tensors and plain values ({first_line(error)}). "
@@ -136,11 +160,22 @@ def filter_state_dict(state: Mapping[str, Tensor], model: nn.Module) -> dict[str
 
     Args:
         state: Weights as published.
-        model: The model that they are meant for.
+        model: The model that they are meant for; it may be on the meta device.
+
+    Raises:
+        CheckpointError: If the translation finds neither the official nor the model's own names.
     """
     convert: Callable[..., dict[str, Tensor]] | None
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    return dict(convert(dict(state), model)) if convert is not None else dict(state)
+    if convert is None:
+        return dict(state)
+    try:
+        return dict(convert(dict(state), model))
+    except Exception as error:  # whatever a key map trips over in the weights of another model
+        raise CheckpointError(
+            f"The weights are not those of {type(model).__name__}: its key map fails with {error!r}. "
+            f"Their keys begin with {', '.join(list(state)[:3])}."
+        ) from error
 
 
 def match_keys(state: Mapping[str, Tensor], model: nn.Module) -> KeyReport:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import socket
-import threading
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from saccade.checkpoints import file_digest, filter_state_dict, load_weights, read_checkpoint, read_state_dict
-from saccade.errors import CheckpointError, ConfigError, MissingResourceError, require, suggest
+from saccade.errors import CheckpointError, ConfigError, SaccadeError, require, suggest
+from saccade.vision_backbones.hub import go_offline_if_unreachable, library_of, unusable
 
 __all__ = ["LoadedModel", "ModelSource", "create_model", "load_model"]
 
-HUB = ("huggingface.co", 443)
+HUB_PREFIXES = ("hf-hub:", "local-dir:")
+WEIGHT_EXTENSIONS = (".safetensors", ".bin", ".pth", ".pt", ".tar", ".npz")
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,8 @@ def load_model(source: str | ModelSource, *, seed: int = 0) -> LoadedModel:
     torch.manual_seed(seed)
     if name.endswith(".ckpt"):
         loaded = from_training(source)
-    elif name.startswith(("open_clip:", "hf-hub:", "local-dir:")) and (clip := open_clip_name(name)):
-        loaded = from_open_clip(source, clip)
+    elif name.startswith("open_clip:") or (name.startswith(HUB_PREFIXES) and library_of(name) == "open_clip"):
+        loaded = from_open_clip(source)
     else:
         loaded = from_timm(source)
     overrides: dict[str, Any] = {"crop_pct": source.crop_pct, "interpolation": source.interpolation}
@@ -121,7 +123,7 @@ def load_model(source: str | ModelSource, *, seed: int = 0) -> LoadedModel:
 def from_timm(source: ModelSource) -> LoadedModel:
     """Load a timm model from the registry, a hub repository or a local folder."""
     name, weights = source.name, source.weights
-    from_source = name.startswith(("hf-hub:", "local-dir:"))
+    from_source = name.startswith(HUB_PREFIXES)
     if not from_source:
         check_name(name)
         if not (weights or source.pretrained or source.random_weights):
@@ -129,7 +131,8 @@ def from_timm(source: ModelSource) -> LoadedModel:
                 f"Model {name!r} would have random weights. Pass --weights FILE, --pretrained, a checkpoint, "
                 "local-dir: or hf-hub:, or say --random-weights if that is what you want."
             )
-    options = size_option(name, source.img_size) if not from_source else {}
+    options = size_option(name, source.img_size)
+    names = None
     if weights is not None:
         state = read_state_dict(weights)
         model = fit_classes(name, options, state)
@@ -138,13 +141,12 @@ def from_timm(source: ModelSource) -> LoadedModel:
     elif source.pretrained or from_source:
         model = download(name, options)
         cfg: Any = model.pretrained_cfg
-        origin = f"pretrained:{cfg.get('tag') or cfg.get('hf_hub_id') or 'local'}"
-        if name.startswith("local-dir:"):
-            origin = "file:" + ",".join(file_digest(f) for f in sorted(Path(name.partition(":")[2]).glob("*model*.*")))
+        local = name.startswith("local-dir:")
+        origin = folder_digest(name) if local else f"pretrained:{cfg.get('tag') or cfg.get('hf_hub_id')}"
+        names = published_names(model)
     else:
         model = create_model(name, **options)
         origin = "random"
-    names = imagenet_names(model) if origin.startswith("pretrained") else None
     return LoadedModel(model, name, origin, timm.data.resolve_model_data_config(model), names)
 
 
@@ -170,28 +172,37 @@ def from_training(source: ModelSource) -> LoadedModel:
     return LoadedModel(model, path, f"file:{file_digest(path)}", dict(facts["data_config"]), list(facts["class_names"]))
 
 
-def from_open_clip(source: ModelSource, clip: tuple[str, str | None]) -> LoadedModel:
+def from_open_clip(source: ModelSource) -> LoadedModel:
     """Load the image tower of an open_clip model; its output is the image embedding."""
     name, weights = source.name, source.weights
     open_clip = require("open_clip", purpose=f"Model {name!r}")
-    model_name, tag = clip
-    on_disk = model_name.startswith(("hf-hub:", "local-dir:"))
-    if not on_disk and model_name not in open_clip.list_models():
+    published = name.startswith(HUB_PREFIXES)  # with its weights
+    model_name, _, tag = (name, "", "") if published else name.removeprefix("open_clip:").partition("/")
+    if not published and model_name not in open_clip.list_models():
         raise ConfigError(f"Unknown open_clip model {model_name!r}.{suggest(model_name, open_clip.list_models())}")
-    if tag is not None and not Path(tag).exists():
+    tag_is_file = bool(tag) and Path(tag).is_file()
+    if tag and not tag_is_file:
         known = open_clip.list_pretrained_tags_by_model(model_name)
         if tag not in known:
             raise ConfigError(
-                f"Unknown weights {tag!r} of {model_name}.{suggest(tag, known)} Known: {', '.join(known)}."
+                f"Unknown weights {tag!r} of {model_name}.{suggest(tag, known)} Known: {', '.join(known) or 'none'}."
             )
-    if not (tag or weights or source.random_weights or on_disk):
-        raise ConfigError(f"Model {name!r} would have random weights. Name a tag, pass --weights, or --random-weights.")
-    if (tag and not Path(tag).exists()) or model_name.startswith("hf-hub:"):
         go_offline_if_unreachable()
+    if not (tag or weights or source.random_weights or published):
+        raise ConfigError(f"Model {name!r} would have random weights. Name a tag, pass --weights, or --random-weights.")
+    trained = weights is None and (published or bool(tag))
     try:
-        whole = open_clip.create_model(model_name, pretrained=tag, load_weights=on_disk or tag is not None)
-    except (OSError, RuntimeError) as error:
-        raise missing(name, error) from error
+        with quiet_root_logger():
+            whole = open_clip.create_model(
+                model_name,
+                pretrained=tag or None,
+                load_weights=trained,
+                require_pretrained=trained,  # or a file that cannot be had would leave random weights and a log entry
+                pretrained_text=False,
+                force_image_size=source.img_size,
+            )
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise unusable(name, error) from error
     if weights is not None:
         load_weights(whole, read_state_dict(weights), source=weights)
     tower = whole.visual
@@ -206,127 +217,87 @@ def from_open_clip(source: ModelSource, clip: tuple[str, str | None]) -> LoadedM
         "crop_pct": 1.0,
         "crop_mode": {"shortest": "center", "squash": "squash", "longest": "border"}[cfg["resize_mode"]],
     }
-    file = weights or (tag if tag and Path(tag).exists() else None)
-    if model_name.startswith("local-dir:"):
-        folder = Path(model_name.partition(":")[2])
-        origin = "file:" + ",".join(file_digest(f) for f in sorted(folder.glob("open_clip*.*")) if f.suffix != ".json")
-    elif file is not None:
-        origin = f"file:{file_digest(file)}"
+    if weights is not None or tag_is_file:
+        origin = f"file:{file_digest(weights or tag)}"
+    elif name.startswith("local-dir:"):
+        origin = folder_digest(name)
     else:
-        origin = f"pretrained:{tag or model_name}" if tag or on_disk else "random"
+        origin = f"pretrained:{tag or model_name}" if trained else "random"
     return LoadedModel(tower, name, origin, data_config)
 
 
-def open_clip_name(name: str) -> tuple[str, str | None] | None:
-    """Return (model, tag) if a prefixed name means open_clip, ``None`` if it means timm.
-
-    Raises:
-        ConfigError: If a local folder holds neither configuration.
-        MissingResourceError: If a hub repository is not in the cache and cannot be reached.
-    """
-    source, _, rest = name.partition(":")
-    if source == "open_clip":
-        model, _, tag = rest.partition("/")
-        return model, tag or None
-    if source == "local-dir":
-        folder = Path(rest)
-        if (folder / "open_clip_config.json").is_file():
-            return name, None
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"{folder} holds neither config.json (timm) nor open_clip_config.json (open_clip).")
-        return None
-    from huggingface_hub import hf_hub_download
-
-    go_offline_if_unreachable()
-    errors = []
-    for file, answer in (("config.json", None), ("open_clip_config.json", (name, None))):
-        try:
-            hf_hub_download(rest, file)
-        except (OSError, ValueError, RuntimeError) as error:
-            errors.append(error)
-        else:
-            return answer
-    raise missing(name, errors[0])
+@contextmanager
+def quiet_root_logger() -> Iterator[None]:
+    """Keep open_clip's log entries from installing a handler that prints them; handlers of the application get them."""
+    root, handler = logging.getLogger(), logging.NullHandler()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
 
 
 def download(name: str, options: dict[str, Any]) -> nn.Module:
     """Build a timm model with the weights that it names."""
-    if name.startswith("hf-hub:") or ":" not in name:
-        if ":" not in name:
-            cfg = timm.models.get_pretrained_cfg(name)
-            if cfg is None or not cfg.has_weights:
-                tags = timm.list_pretrained(f"{name.split('.')[0]}*")[:5]
-                raise ConfigError(
-                    f"timm has no weights for {name!r}. " + (f"Some it has: {', '.join(tags)}." if tags else "")
-                )
+    if ":" not in name:
+        cfg = timm.models.get_pretrained_cfg(name)
+        if cfg is None or not cfg.has_weights:
+            tags = timm.list_pretrained(f"{name.split('.')[0]}*")[:5]
+            raise ConfigError(
+                f"timm has no weights for {name!r}. " + (f"Some it has: {', '.join(tags)}." if tags else "")
+            )
         go_offline_if_unreachable()
     try:
         return create_model(name, pretrained=True, **options)
-    except ConfigError:
+    except SaccadeError:
         raise
-    except (OSError, RuntimeError, ValueError) as error:
-        raise missing(name, error) from error
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise unusable(name, error) from error
 
 
-def go_offline_if_unreachable(seconds: float = 1.0) -> None:
-    """Tell huggingface_hub to use its cache alone when the hub does not answer, instead of retrying for a minute."""
-    from huggingface_hub import constants
-
-    answered: list[bool] = []
-
-    def probe() -> None:
-        try:
-            socket.create_connection(HUB, timeout=seconds).close()
-            answered.append(True)
-        except OSError:
-            pass
-
-    thread = threading.Thread(target=probe, daemon=True)  # name resolution has no time limit of its own
-    thread.start()
-    thread.join(seconds)
-    if not answered:
-        constants.HF_HUB_OFFLINE = True
-
-
-def missing(name: str, error: Exception) -> MissingResourceError:
-    """Return the error for weights that cannot be had."""
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return MissingResourceError(
-        f"Model {name!r} is not in the local cache and cannot be downloaded ({reason}). "
-        "Download it elsewhere and pass --model local-dir:PATH or --weights FILE."
-    )
+def folder_digest(name: str) -> str:
+    """Return the identity of the weights in a ``local-dir:`` folder."""
+    files = sorted(Path(name.partition(":")[2]).iterdir())
+    return "file:" + ",".join(file_digest(file) for file in files if file.suffix in WEIGHT_EXTENSIONS)
 
 
 def check_name(name: str) -> None:
     """Raise a helpful error unless timm knows the name."""
-    if name.startswith(("hf-hub:", "local-dir:")) or timm.is_model(name):
+    if name.startswith(HUB_PREFIXES) or timm.is_model(name):
         return
     raise ConfigError(f"Unknown model {name!r}.{suggest(name, timm.list_models())} All names: saccade list models.")
+
+
+def outline(name: str, options: dict[str, Any]) -> nn.Module:
+    """Build a model without memory for its weights, to look at."""
+    with torch.device("meta"):
+        return create_model(name, **options)
 
 
 def size_option(name: str, img_size: int | None) -> dict[str, int]:
     """Return ``{"img_size": ...}`` for models whose weights depend on the input size, else nothing."""
     if img_size is None:
         return {}
-    parameters = inspect.signature(type(create_model(name)).__init__).parameters
+    parameters = inspect.signature(type(outline(name, {})).__init__).parameters
     return {"img_size": img_size} if "img_size" in parameters else {}
 
 
 def fit_classes(name: str, options: dict[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
     """Build a model with as many classes as the state dict has."""
-    model = create_model(name, **options)
-    default_cfg: Any = model.default_cfg
+    probe = outline(name, options)
+    default_cfg: Any = probe.default_cfg
     classifier = default_cfg.get("classifier")
     first = classifier[0] if isinstance(classifier, tuple | list) else classifier
-    weight = filter_state_dict(state, model).get(f"{first}.weight")
-    classes = 0 if weight is None else weight.shape[0]
-    if classes and classes != model.num_classes:
-        return create_model(name, num_classes=classes, **options)
-    return create_model(name, num_classes=0, **options) if classes == 0 else model
+    weight = filter_state_dict(state, probe).get(f"{first}.weight")
+    return create_model(name, num_classes=0 if weight is None else weight.shape[0], **options)
 
 
-def imagenet_names(model: nn.Module) -> list[str] | None:
-    """Return the class names of a model trained on ImageNet."""
+def published_names(model: nn.Module) -> list[str] | None:
+    """Return the class names in a model's published configuration, or those of the ImageNet set of its size."""
+    cfg: Any = model.pretrained_cfg
+    names, descriptions = cfg.get("label_names"), cfg.get("label_descriptions") or {}
+    if names:
+        return [descriptions.get(name, name) for name in names]
     subset = timm.data.infer_imagenet_subset(model)
     if subset is None:
         return None
