@@ -1,3 +1,5 @@
+import warnings
+
 import h5py
 import numpy as np
 import pytest
@@ -16,14 +18,14 @@ def load(path):
     if path.suffix == ".zarr":
         import zarr
 
-        group = zarr.open_group(path, mode="r")
-        return group["features"][:], list(group["paths"][:])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # zarr announces that its string type may change
+            group = zarr.open_group(path, mode="r")
+            return group["features"][:], list(group["paths"][:])
     with h5py.File(path) as file:
         return file["features"][:], [name.decode() for name in file["paths"][:]]
 
 
-@pytest.mark.filterwarnings("ignore:The data type:FutureWarning")
-@pytest.mark.filterwarnings("ignore::zarr.errors.UnstableSpecificationWarning")
 @pytest.mark.parametrize("suffix", [".h5", ".npy", ".zarr"])
 def test_round_trip_sorted_with_names(tmp_path, suffix):
     path, values = tmp_path / f"x{suffix}", rows(3)
