@@ -61,7 +61,7 @@ def softmax_weights(
     A query that sees no key has weights 0, log-sum-exp ``-inf`` and no gradient.
     """
     if scale is None:
-        scale = query.shape[-1] ** -0.5
+        scale = float(query.shape[-1]) ** -0.5
     scores = scale * query.to(wide(query)) @ per_query_head(key, query).transpose(-1, -2)  # (B, H, L, S)
     if bias is not None:
         scores = scores + bias.to(scores.dtype)

@@ -59,7 +59,7 @@ def sdpa_attention(
 ) -> Tensor:
     """Run ``scaled_dot_product_attention``; also the form that TorchScript compiles."""
     if scale is None:
-        scale = query.shape[-1] ** -0.5
+        scale = float(query.shape[-1]) ** -0.5
     value_dim = value.shape[-1]
     if query.is_cpu:  # the fused CPU kernel wants one width
         width = max(query.shape[-1], value_dim)
@@ -127,7 +127,7 @@ def sdpa(
         dropout_p=dropout_p,
         is_causal=causal,
         scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=bool(query.shape[1] != key.shape[1]),  # sizes are tensors under torch.jit.trace
     )
 
 
@@ -187,7 +187,7 @@ def sdpa_attention_lse(
 ) -> AttentionLSE:
     """Run the CPU kernel beneath SDPA, which also returns the log-sum-exp and never holds the L x S scores."""
     if scale is None:
-        scale = query.shape[-1] ** -0.5
+        scale = float(query.shape[-1]) ** -0.5
     value_dim = value.shape[-1]
     width = max(query.shape[-1], value_dim)
     query, key, value = kernel_view(query, width), kernel_view(key, width), kernel_view(value, width)
@@ -237,7 +237,7 @@ def cpu_attention_lse(
     out, lse = getattr(torch.ops.aten, FLASH_CPU)(query, key, value, 0.0, causal, attn_mask=scores_mask, scale=scale)
     if scores_mask is not None:  # the kernel writes 0 for a row that sees nothing
         lse = lse.masked_fill((scores_mask == -torch.inf).all(-1), -torch.inf)
-    return out, lse
+    return out, lse.contiguous()
 
 
 @cpu_attention_lse.register_fake
@@ -246,7 +246,7 @@ def cpu_attention_lse_fake(
 ) -> tuple[Tensor, Tensor]:
     """Return results of the right shapes, dtypes and strides."""
     out, lse = getattr(torch.ops.aten, FLASH_CPU)(query, key, value, 0.0, causal, attn_mask=scores_mask, scale=scale)
-    return out, lse
+    return out, lse.contiguous()
 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ANN401

@@ -56,8 +56,8 @@ def test_half_precision_accumulates_in_float32(name, dtype):
         assert outputs[1].dtype == torch.float32
         assert_close(outputs[1], expected[1], atol=1e-3)
     for got, want in zip(grads, expected_grads, strict=True):
-        # Sums of up to 126 rounded terms: measured 1.1 % of the largest gradient in bfloat16, 0.15 % in float16.
-        assert (got.double() - want).abs().max() <= (2e-2 if dtype == torch.bfloat16 else 3e-3) * want.abs().max()
+        # Measured: 0.65 % of the largest gradient in bfloat16, 0.08 % in float16; both are sums of rounded terms.
+        assert (got.double() - want).abs().max() <= (1e-2 if dtype == torch.bfloat16 else 2e-3) * want.abs().max()
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])

@@ -1,0 +1,109 @@
+"""The plain functions inside models that are scripted, traced, exported and compiled."""
+
+import pytest
+import torch
+from torch import nn
+
+from saccade.attention import attention, attention_lse, sdpa, use_backend
+from tests.helpers import assert_close, randn
+
+SCRIPT_WARNING = "ignore:`torch.jit.*` is deprecated:FutureWarning"
+
+
+class PlainLayer(nn.Module):
+    """Causal self attention with grouped heads and an additive bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key_value, self.bias = nn.Linear(16, 32), nn.Linear(16, 32), nn.Parameter(torch.zeros(4, 1, 1))
+        self.output = nn.Linear(32, 16)
+
+    def forward(self, x):
+        query = self.query(x).unflatten(-1, (4, 8)).transpose(1, 2)
+        key, value = self.key_value(x).unflatten(-1, (2, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        out = attention(query, key, value, bias=self.bias.detach(), causal=True)
+        return x + self.output(out.transpose(1, 2).flatten(2))
+
+
+class SinkLayer(nn.Module):
+    """Self attention with a learned logit in the denominator."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.sink = nn.Linear(16, 48), nn.Parameter(torch.zeros(2, 1))
+
+    def forward(self, x):
+        query, key, value = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        out, lse = attention_lse(query, key, value, causal=True)
+        out = out * torch.sigmoid(lse - self.sink).unsqueeze(-1)
+        return x + out.transpose(1, 2).flatten(2)
+
+
+@pytest.fixture(params=[PlainLayer, SinkLayer])
+def model(request):
+    """Two layers with fixed weights."""
+    layers = nn.Sequential(request.param(), request.param()).eval()
+    with torch.no_grad():
+        for i, parameter in enumerate(layers.parameters()):
+            parameter.copy_(0.3 * randn(*parameter.shape, seed=i))
+    return layers
+
+
+X = randn(2, 9, 16)
+
+
+@pytest.mark.filterwarnings(SCRIPT_WARNING)
+def test_script(model, tmp_path):
+    torch.jit.script(model).save(tmp_path / "model.pt")
+    loaded = torch.jit.load(tmp_path / "model.pt")
+    assert_close(loaded(X), model(X))
+    assert_close(loaded(X[:, :1]), model(X[:, :1]))
+
+
+@pytest.mark.filterwarnings(SCRIPT_WARNING, "ignore::torch.jit.TracerWarning")
+def test_jit_trace(model):
+    traced = torch.jit.trace(model, X)
+    assert_close(traced(X), model(X))
+    assert "saccade::" not in str(traced.inlined_graph)
+
+
+def test_fx_records_the_public_function(model):
+    traced = torch.fx.symbolic_trace(model)
+    assert sum(node.target in (attention, attention_lse) for node in traced.graph.nodes) == 2
+    assert_close(traced(X), model(X))
+
+
+def test_export_holds_torch_operators_only(model):
+    batch, tokens = torch.export.Dim("batch", min=2), torch.export.Dim("tokens", min=2)
+    exported = torch.export.export(model, (X,), dynamic_shapes=({0: batch, 1: tokens},))
+    assert not [node for node in exported.graph.nodes if "saccade" in str(node.target)]
+    other = randn(3, 17, 16, seed=1)
+    assert_close(exported.module()(other), model(other))
+
+
+MASK = torch.zeros(1, 1, 5, 5).masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(-1), -torch.inf)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # opcheck itself looks
+@pytest.mark.parametrize(("mask", "causal"), [(None, False), (None, True), (MASK, False)])
+def test_opcheck(mask, causal):
+    query = randn(2, 5, 4, 8).transpose(1, 2).requires_grad_()
+    key, value = (randn(2, 2, 5, 8, seed=i).requires_grad_() for i in (1, 2))
+    torch.library.opcheck(sdpa.cpu_attention_lse, (query, key, value, mask, causal, 0.3))
+
+
+@pytest.mark.slow
+def test_compile_without_graph_breaks(model):
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    for tokens in (9, 13):  # the second length is compiled for any length
+        inputs = randn(2, tokens, 16).requires_grad_()
+        out, expected = compiled(inputs), model(inputs)
+        assert_close(out, expected)
+        (grad,) = torch.autograd.grad(out.square().sum(), inputs)
+        (expected_grad,) = torch.autograd.grad(expected.square().sum(), inputs)
+        assert_close(grad, expected_grad, rtol=1e-3)
+    with use_backend("reference"):
+        assert_close(compiled(inputs), expected)
