@@ -102,7 +102,8 @@ class ImageSamples(Dataset[dict[str, Any]]):
     """Transformed samples. An unreadable one is returned as such, so that the main process can say which it was.
 
     Keys are indices, or ``(index, seed)`` from a ``TrainingSampler``; a seed makes the random transform repeatable.
-    Items hold ``image`` (float32 ``(3, Y, X)``, zeros if unreadable), ``target``, ``id`` and ``error`` (empty if none).
+    Items hold ``image`` (float32 ``(3, Y, X)``, zeros if unreadable), ``target``, ``id``, and ``error`` and ``reason``
+    (empty if there is none).
     """
 
     def __init__(self, samples: Sequence[Sample], transform: Callable[[Image.Image], Tensor], size: int) -> None:
@@ -116,12 +117,12 @@ class ImageSamples(Dataset[dict[str, Any]]):
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         index, seed = key if isinstance(key, tuple) else (key, None)
         sample = self.samples[index]
-        error = ""
+        error = reason = ""
         try:
             image = self.transformed(sample.load(), seed)
         except DataError as failure:
-            image, error = torch.zeros(3, self.size, self.size), str(failure)
-        return {"image": image, "target": sample.target, "id": sample.id, "error": error}
+            image, error, reason = torch.zeros(3, self.size, self.size), str(failure), failure.reason
+        return {"image": image, "target": sample.target, "id": sample.id, "error": error, "reason": reason}
 
     def transformed(self, image: Image.Image, seed: int | None) -> Tensor:
         """Apply the transform, with its random numbers drawn from ``seed`` if there is one."""
@@ -138,8 +139,8 @@ class ImageData(LightningDataModule, ABC):
     """Base of the image data modules. A subclass names its classes and lists its samples.
 
     Batches are dictionaries with ``image`` (float32 ``(B, 3, size, size)``, normalised), ``target`` (int64 ``(B,)``),
-    ``id`` and ``error`` (lists of ``B`` strings). A sample that cannot be read stops training and evaluation with a
-    message that names it; predictions go on and report it.
+    ``id``, ``error`` and ``reason`` (lists of ``B`` strings). A sample that cannot be read stops training and evaluation
+    with a message that names it; predictions go on and report it.
 
     Args:
         img_size: Height and width of the model's input in pixels; ``None`` means 224.

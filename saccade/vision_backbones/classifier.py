@@ -30,8 +30,8 @@ from torchmetrics.classification import (
 
 from saccade import __version__
 from saccade.errors import ConfigError
-from saccade.vision_backbones.finetuning import classifier_layers, load_starting_weights, size_option
-from saccade.vision_backbones.loading import create_model, download
+from saccade.vision_backbones.finetuning import classifier_layers, load_starting_weights
+from saccade.vision_backbones.loading import create_model, download, size_option
 from saccade.vision_backbones.optimization import (
     balanced_weights,
     cosine_with_warmup,
@@ -198,12 +198,10 @@ class ImageClassifier(LightningModule):
         """Work out balanced class weights from the data module."""
         weights = self.class_weights
         if weights == "balanced" and stage == "fit":
-            datamodule = getattr(self.trainer, "datamodule", None)
-            if not hasattr(datamodule, "class_counts"):
-                raise ConfigError(
-                    "class_weights 'balanced' needs a data module with class_counts; give a list instead."
-                )
-            weights = balanced_weights(datamodule.class_counts)
+            counts: list[int] | None = getattr(getattr(self.trainer, "datamodule", None), "class_counts", None)
+            if counts is None:
+                raise ConfigError("class_weights 'balanced' needs a data module with class_counts; give a list.")
+            weights = balanced_weights(counts)
         if isinstance(weights, list):
             if len(weights) != self.num_classes:
                 raise ConfigError(f"class_weights has {len(weights)} entries, expected {self.num_classes}.")
@@ -240,8 +238,8 @@ class ImageClassifier(LightningModule):
         self.confusion.update(logits, batch["target"])
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Return ``prob`` (``(B, num_classes)``, float32) and the batch's ``id`` and ``error``, lists of strings."""
-        return {"id": batch["id"], "error": batch["error"], "prob": self(batch["image"]).float().softmax(dim=1)}
+        """Return ``logits`` (``(B, num_classes)``, float32) and the batch's ``id``, ``error`` and ``reason``."""
+        return {"logits": self(batch["image"]).float()} | {key: batch[key] for key in ("id", "error", "reason")}
 
     def evaluate(self, batch: Mapping[str, Any], stage: str, metrics: MetricCollection) -> Tensor:
         """Log the loss of a batch, count it in the metrics, and return the logits."""

@@ -1,21 +1,14 @@
-"""Starting points of training: input size, classifier layer, weights from elsewhere."""
+"""Fine-tuning: the classifier layer of a model, and weights from elsewhere under it."""
 
 from __future__ import annotations
 
-import timm
 from torch import nn
 
 from saccade.checkpoints import filter_state_dict, match_keys, read_state_dict
 from saccade.errors import CheckpointError
 from saccade.vision_backbones.loading import load_model
 
-__all__ = ["classifier_layers", "load_starting_weights", "size_option"]
-
-
-def size_option(backbone: str, img_size: int | None) -> dict[str, int]:
-    """Return ``{"img_size": ...}`` for a backbone that is built for one input size, by timm's configuration of it."""
-    cfg = timm.models.get_pretrained_cfg(backbone) if img_size is not None and timm.is_model(backbone) else None
-    return {"img_size": img_size} if img_size is not None and cfg is not None and cfg.fixed_input_size else {}
+__all__ = ["classifier_layers", "load_starting_weights"]
 
 
 def classifier_layers(model: nn.Module) -> tuple[nn.Module, ...]:

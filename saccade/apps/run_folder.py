@@ -1,0 +1,77 @@
+"""Run folders of ``saccade fit``: ``runs/NAME/YYYYmmdd-HHMMSS/``."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+
+from saccade.errors import ConfigError
+
+__all__ = ["RUNS", "best_checkpoint", "create_run_folder", "latest_run", "run_of"]
+
+RUNS = Path("runs")
+
+
+def create_run_folder(name: str) -> Path:
+    """Create ``runs/NAME/<now>``, never an existing folder, and note it in ``runs/NAME/latest``.
+
+    Args:
+        name: Characters that do not belong in file names become ``_``.
+    """
+    parent = RUNS / (re.sub(r"[^\w.+-]+", "_", name) or "run")
+    parent.mkdir(parents=True, exist_ok=True)
+    stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+    for number in count(1):  # two fits may start in the same second
+        folder = parent / (stamp if number == 1 else f"{stamp}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        break
+    (parent / "latest").write_text(folder.name + "\n", encoding="utf-8")
+    return folder
+
+
+def latest_run(name: str | None) -> Path:
+    """Return the newest run folder, of one name or of all.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    notes = sorted(RUNS.glob(f"{name or '*'}/latest"), key=lambda path: path.stat().st_mtime)
+    if not notes:
+        where = RUNS / name if name else RUNS
+        raise ConfigError(f"There is no run to resume in {where}/ (working directory: {Path.cwd()}).")
+    return notes[-1].parent / notes[-1].read_text(encoding="utf-8").strip()
+
+
+def best_checkpoint(path: str | Path, *, prefer: str = "best") -> Path:
+    """Find the checkpoint that the user means.
+
+    Args:
+        path: A checkpoint, a run folder, or a folder ``runs/NAME`` (its latest run).
+        prefer: ``"best"`` or ``"last"``; the other is taken if this one is not there.
+
+    Raises:
+        ConfigError: If there is no such checkpoint.
+    """
+    given = Path(path)
+    if given.is_file():
+        return given
+    if not given.is_dir():
+        raise ConfigError(f"{str(path)!r} does not exist; expected a checkpoint or a run folder of `saccade fit`.")
+    note = given / "latest"
+    folder = given / note.read_text(encoding="utf-8").strip() if note.is_file() else given
+    for name in (prefer, "best", "last"):
+        checkpoint = folder / "checkpoints" / f"{name}.ckpt"
+        if checkpoint.exists():
+            return checkpoint
+    raise ConfigError(f"{str(path)!r} is no run folder: it has no checkpoints/best.ckpt or checkpoints/last.ckpt.")
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """Return the run folder that a checkpoint lies in, ``None`` if it lies elsewhere."""
+    folder = checkpoint.parent.parent
+    return folder if checkpoint.parent.name == "checkpoints" and (folder / "config.yaml").is_file() else None
