@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -123,6 +124,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"saccade {name}: {error}", file=sys.stderr)
         return exit_code(error)
+    except OSError as error:  # the system refuses: no such folder, no permission, disk full
+        if show_traceback or error.strerror is None:
+            raise
+        place = f": {error.filename}" if error.filename is not None else ""
+        print(f"saccade {name}: {error.strerror}{place}", file=sys.stderr)
+        return 1
 
 
 def dispatch(command: Command, arguments: list[str]) -> int:
@@ -130,14 +137,30 @@ def dispatch(command: Command, arguments: list[str]) -> int:
     parser = build_parser(command)
     module = importlib.import_module(f"saccade.apps.{command.module}")
     try:
-        if getattr(module, "PASSES_UNKNOWN", False):
-            args, args.unknown = parser.parse_known_args(arguments)
-        else:
-            args = parser.parse_args(arguments)
+        passes_unknown = getattr(module, "PASSES_UNKNOWN", False)
+        args, unknown = parser.parse_known_args(join_values(arguments) if passes_unknown else arguments)
+        if passes_unknown:
+            args.unknown = unknown
+        elif unknown:
+            close = suggest(unknown[0].partition("=")[0], parser._option_string_actions)
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}.{close}")
     except SystemExit as stop:
         return int(stop.code or 0)
     code: int = args.run(args)
     return code
+
+
+def join_values(arguments: Sequence[str]) -> list[str]:
+    """Write ``--model.lr 0.1`` as ``--model.lr=0.1``: argparse would take the value of an unknown option for a CKPT."""
+    joined: list[str] = []
+    for argument in arguments:
+        option = joined[-1] if joined else ""
+        dotted = re.fullmatch(r"--(model|data|[\w-]+[._][\w.+]+)", option) and option != "--print_config"
+        if dotted and (not argument.startswith("-") or argument[1:2].isdigit()):
+            joined[-1] = f"{option}={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def exit_code(error: SaccadeError) -> int:
