@@ -7,9 +7,8 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 __all__ = ["Timing", "machine", "measure_alternating", "peak_memory"]
@@ -35,7 +34,7 @@ class Timing:
 
 
 def measure_alternating(
-    functions: dict[str, Callable[[], object]], *, repeats: int = 9, warmup: int = 2
+    functions: Mapping[str, Callable[[], object]], *, repeats: int = 9, warmup: int = 2
 ) -> dict[str, Timing]:
     """Time several functions in one process, in turn, so that slow phases of the machine hit all of them alike.
 
@@ -111,13 +110,14 @@ def machine() -> dict[str, object]:
     """Return what a figure depends on: versions of the software, processor, threads, GPU. JSON types only."""
     import torch
 
-    packages = ["saccade", "torch", "triton", "timm", "lightning", "numpy"]
+    from saccade.batch.environment import versions
+
     gpu = None
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         gpu = {"name": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
     return {
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "versions": versions(),
         "platform": platform.platform(),
         "cpu": processor(),
         "cores": os.cpu_count(),
@@ -125,14 +125,6 @@ def machine() -> dict[str, object]:
         "gpu": gpu,
         "argv": sys.argv[1:],
     }
-
-
-def version(package: str) -> str | None:
-    """Return the installed version of a package, or ``None``."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def processor() -> str:
