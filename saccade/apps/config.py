@@ -97,8 +97,10 @@ def copy_config(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Check one config."""
+    path = config_path(args.name)  # before anything heavy is imported
     from saccade.apps.lightning_cli import check_config
+    from saccade.apps.quiet import training_screen
 
-    path = config_path(args.name)
-    check_config(path)
+    with training_screen(argparse.Namespace(quiet=False, progress="none")):
+        check_config(path)
     print(f"{args.name}: ok")

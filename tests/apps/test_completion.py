@@ -11,7 +11,8 @@ from tests.helpers import run_cli
 SHELLS = ("bash", "zsh", "fish")
 ASK = {
     # bash: call the registered function as readline does; an empty answer lets readline offer files
-    "bash": "COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _saccade; printf '%s\\n' \"${{COMPREPLY[@]}}\"",
+    "bash": "COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _saccade; "
+    "printf '%s\\n' \"${{COMPREPLY[@]}}\"",
     # zsh: the completion system is not loaded in a script; its two commands that the function calls just print
     "zsh": "words=({words}); CURRENT=${{#words}}; compadd() {{ shift; print -l -- $@ }}; _files() {{ : }}; _saccade",
     "fish": "complete -C {line}",
