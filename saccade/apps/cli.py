@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from saccade import __version__
 from saccade.errors import (
@@ -76,15 +77,21 @@ def overview() -> str:
     return "\n".join(lines)
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that takes options in full only, its sub-parsers too: a new option never changes what a script means."""
+
+    def __init__(self, **settings: Any) -> None:  # noqa: ANN401 - argparse's own
+        super().__init__(**{"allow_abbrev": False, **settings})
+
+
 def build_parser(command: Command) -> argparse.ArgumentParser:
     """Return the parser of one command; imports that command's module, and nothing heavy."""
     module = importlib.import_module(f"saccade.apps.{command.module}")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"saccade {command.name}",
         description=command.summary[0].upper() + command.summary[1:] + ".",
         epilog="Examples:\n" + "\n".join(f"  {line}" for line in module.EXAMPLES[command.name]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     module.add_arguments(parser)
     parser.set_defaults(command=command.name, run=module.run)

@@ -26,14 +26,14 @@ EXAMPLES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ls|show|cp|check")
-    add_list_arguments(actions.add_parser("ls", help="names and what they are for", allow_abbrev=False))
-    show = actions.add_parser("show", help="print one", allow_abbrev=False)
+    add_list_arguments(actions.add_parser("ls", help="names and what they are for"))
+    show = actions.add_parser("show", help="print one")
     show.add_argument("name", metavar="NAME", help="shipped name or file")
-    copy = actions.add_parser("cp", help="copy one to edit it", allow_abbrev=False)
+    copy = actions.add_parser("cp", help="copy one to edit it")
     copy.add_argument("name", metavar="NAME", help="shipped name")
     copy.add_argument("file", metavar="FILE", help="the copy")
     copy.add_argument("--force", action="store_true", help="replace FILE if it exists")
-    check = actions.add_parser("check", help="parse it and build what it describes, without data", allow_abbrev=False)
+    check = actions.add_parser("check", help="parse it and build what it describes, without data")
     check.add_argument("name", metavar="FILE", help="file or shipped name")
 
 

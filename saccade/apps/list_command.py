@@ -24,14 +24,14 @@ EXAMPLES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="models|ops|configs")
-    models = kinds.add_parser("models", help="names for -m, with size and verification", allow_abbrev=False)
+    models = kinds.add_parser("models", help="names for -m, with size and verification")
     models.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="e.g. 'convnext*' (default: all)")
     models.add_argument("--pretrained-only", action="store_true", help="only weights that timm can download, by tag")
     models.add_argument("--source", choices=["saccade", "timm", "all"], default="all", help="default: all")
     add_json(models)
-    ops = kinds.add_parser("ops", help="attention operators and who runs them on this machine", allow_abbrev=False)
+    ops = kinds.add_parser("ops", help="attention operators and who runs them on this machine")
     add_json(ops)
-    configs = kinds.add_parser("configs", help="shipped configs; the same as saccade config ls", allow_abbrev=False)
+    configs = kinds.add_parser("configs", help="shipped configs; the same as saccade config ls")
     add_list_arguments(configs)
 
 
