@@ -142,11 +142,16 @@ class Interruption(Callback):
         self.checkpoint = checkpoint
         self.asked = False
         self.saved = False
+        self.usual_handler = signal.getsignal(signal.SIGINT)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the handling of Ctrl-C."""
         if trainer.world_size == 1:
             signal.signal(signal.SIGINT, self.ask)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give it back."""
+        signal.signal(signal.SIGINT, self.usual_handler)
 
     def ask(self, signum: int, frame: FrameType | None) -> None:
         """Note the wish to stop; the second time, stop."""
@@ -182,6 +187,7 @@ class Interruption(Callback):
         if isinstance(exception, KeyboardInterrupt | SIGTERMException) and together:
             trainer.save_checkpoint(self.checkpoint)
             self.saved = True
+        self.on_train_end(trainer, pl_module)
 
 
 class Continuation(Callback):

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from saccade.datasets.images import read_image
-from saccade.datasets.sampling import EvaluationSampler, TrainingSampler
+from saccade.datasets.sampling import EvaluationSampler, TrainingSampler, world
 from saccade.errors import ConfigError, DataError
 
 __all__ = ["Augmentation", "ImageData", "ImageSamples", "Preprocess", "Sample", "Split", "hold_out"]
@@ -139,8 +139,8 @@ class ImageData(LightningDataModule, ABC):
     """Base of the image data modules. A subclass names its classes and lists its samples.
 
     Batches are dictionaries with ``image`` (float32 ``(B, 3, size, size)``, normalised), ``target`` (int64 ``(B,)``),
-    ``id``, ``error`` and ``reason`` (lists of ``B`` strings). A sample that cannot be read stops training and evaluation
-    with a message that names it; predictions go on and report it.
+    ``id``, ``error`` and ``reason`` (lists of ``B`` strings). A sample that cannot be read stops training and
+    evaluation with a message that names it; predictions go on and report it.
 
     Args:
         img_size: Height and width of the model's input in pixels; ``None`` means 224.
@@ -236,7 +236,8 @@ class ImageData(LightningDataModule, ABC):
         samples = self.samples("train")
         dataset = ImageSamples(samples, self.train_transform(), self.img_size)
         skip = self.progress["batches"] * self.batch_size
-        sampler = TrainingSampler(dataset, torch.initial_seed() % 2**31, epoch=self.progress["epoch"], skip=skip)
+        seed = torch.initial_seed() % 2**31
+        sampler = TrainingSampler(dataset, *world(), seed=seed, epoch=self.progress["epoch"], skip=skip)
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
@@ -265,7 +266,7 @@ class ImageData(LightningDataModule, ABC):
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
-            sampler=EvaluationSampler(dataset),
+            sampler=EvaluationSampler(dataset, *world()),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0 and split == "val",
             pin_memory=torch.cuda.is_available(),

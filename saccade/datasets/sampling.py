@@ -33,13 +33,14 @@ class TrainingSampler(DistributedSampler[Any]):
 
     Args:
         dataset: What is sampled; takes ``(index, seed)`` as key.
+        replicas: Number of processes.
+        rank: This process, from 0.
         seed: Seed of the run.
         epoch: Epoch to begin with, counted from 0.
-        skip: Samples of that epoch that were already used.
+        skip: Samples of that epoch that this process has already used.
     """
 
-    def __init__(self, dataset: Sized, seed: int, *, epoch: int = 0, skip: int = 0) -> None:
-        replicas, rank = world()
+    def __init__(self, dataset: Sized, replicas: int, rank: int, *, seed: int, epoch: int = 0, skip: int = 0) -> None:
         super().__init__(dataset, num_replicas=replicas, rank=rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
         self.set_epoch(epoch)
         self.skip = skip
@@ -57,13 +58,14 @@ class EvaluationSampler(DistributedSampler[Any]):
 
     Args:
         dataset: What is sampled.
+        replicas: Number of processes.
+        rank: This process, from 0.
 
     Raises:
         ConfigError: If some rank would get nothing, which would leave the others waiting for it.
     """
 
-    def __init__(self, dataset: Sized) -> None:
-        replicas, rank = world()
+    def __init__(self, dataset: Sized, replicas: int, rank: int) -> None:
         if len(dataset) < replicas:
             raise ConfigError(f"{len(dataset)} samples cannot be shared by {replicas} processes; use fewer devices.")
         super().__init__(dataset, num_replicas=replicas, rank=rank, shuffle=False)  # type: ignore[arg-type]

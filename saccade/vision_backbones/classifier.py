@@ -258,9 +258,9 @@ class ImageClassifier(LightningModule):
         """Log the test metrics and draw the confusion matrix."""
         self.log_dict(self.test_metrics.compute())
         self.test_metrics.reset()
-        self.confusion.compute()  # all ranks take part; the picture shows the result
+        matrix = self.confusion.compute()
         if self.trainer.is_global_zero:
-            draw_confusion(self.confusion, self.class_names, Path(self.trainer.log_dir or ".") / "confusion_matrix.png")
+            draw_confusion(matrix.cpu(), self.class_names, Path(self.trainer.log_dir or ".") / "confusion_matrix.png")
         self.confusion.reset()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -299,14 +299,21 @@ class ImageClassifier(LightningModule):
         checkpoint["hyper_parameters"] |= {"pretrained": False, "weights": None}
 
 
-def draw_confusion(confusion: MulticlassConfusionMatrix, names: list[str], path: Path) -> None:
-    """Draw a confusion matrix, rows true, columns predicted, as PNG."""
-    from matplotlib.figure import Figure
+def draw_confusion(matrix: Tensor, names: list[str], path: Path) -> None:
+    """Draw a confusion matrix as PNG.
 
+    Args:
+        matrix: Counts, ``(K, K)``; rows are true classes, columns predicted ones.
+        names: Names by class index.
+        path: The picture; its folder is created.
+    """
+    from matplotlib.figure import Figure
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    readable = len(names) <= LABELS_DRAWN
     side = min(4 + 0.4 * len(names), 16)
     figure = Figure(figsize=(side, side), layout="constrained")
-    axes = figure.subplots()
-    readable = len(names) <= LABELS_DRAWN
-    confusion.plot(ax=axes, labels=names if readable else None, add_text=readable, cmap="Blues")
+    display = ConfusionMatrixDisplay(matrix.numpy(), display_labels=names if readable else None)
+    display.plot(ax=figure.subplots(), include_values=readable, cmap="Blues", xticks_rotation=90, colorbar=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
