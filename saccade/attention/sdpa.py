@@ -199,7 +199,7 @@ def sdpa_attention_lse(
     if plain and first > 0:  # every query sees the keys before ``first``; the others form a square triangle
         every = cpu_attention_lse(query, key[:, :, :first], value[:, :, :first], None, False, scale)
         later = cpu_attention_lse(query, key[:, :, first:], value[:, :, first:], None, True, scale)
-        out, lse = merge_partials([every, later])
+        out, lse = merge_partials([AttentionLSE(*every), AttentionLSE(*later)])
     else:
         scores_mask = None if plain else combine(query, key, mask, bias, triangle)
         if scores_mask is not None and scores_mask.dtype == torch.bool:

@@ -104,8 +104,8 @@ def attention_lse(
         BackendError: If the backend asked for does not exist or cannot run this call.
 
     Example:
-        >>> attention_lse(torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 4, 8), torch.ones(1, 1, 4, 8)).lse.exp()
-        tensor([[[4.0000]]])
+        >>> attention_lse(torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 4, 8), torch.ones(1, 1, 4, 8)).lse.exp().round()
+        tensor([[[4.]]])
     """
     options = {"mask": mask, "bias": bias, "causal": causal, "scale": scale}
     result: AttentionLSE = call(ATTENTION_LSE, query, key, value, options, backend)

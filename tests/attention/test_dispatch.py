@@ -8,7 +8,7 @@ from saccade.attention.dispatch import Backend, Decision, Operator
 from saccade.attention.problem import describe
 from saccade.attention.sdpa import can_run_attention, can_run_attention_lse
 from saccade.errors import BackendError
-from tests.helpers import randn
+from tests.helpers import assert_close, randn
 
 TENSORS = [randn(1, 2, 5, 8, seed=i) for i in range(3)]
 BIAS = torch.zeros(5, 5, requires_grad=True)
@@ -142,4 +142,14 @@ def test_every_operator_ends_in_the_reference_and_explains_itself_here():
         explanation = operator.explain()
         assert explanation.chosen is not None
         assert all(row.reason for row in explanation.rows)
-        operator.function(*operator.example((1, 2, 4, 8), torch.float32, "cpu", 0))
+
+
+@pytest.mark.parametrize("operator", operators(), ids=lambda operator: operator.name)
+def test_every_backend_of_every_operator_agrees_with_its_literal_form(operator):
+    tensors = operator.example((1, 2, 17, 8), torch.float32, "cpu", 0)
+    expected = torch.utils._pytree.tree_leaves(operator.function(*tensors, backend="reference"))
+    for row in explain(operator.function, *tensors).rows:
+        if row.ok:
+            got = torch.utils._pytree.tree_leaves(operator.function(*tensors, backend=row.backend))
+            for ours, theirs in zip(got, expected, strict=True):
+                assert_close(ours, theirs)

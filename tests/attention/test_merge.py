@@ -42,7 +42,7 @@ def test_queries_that_saw_nothing_anywhere_stay_zero_with_zero_gradient():
     out = randn(3, 4).requires_grad_()
     lse = torch.tensor([0.3, -torch.inf, -torch.inf]).requires_grad_()
     other = torch.tensor([-torch.inf, -torch.inf, 0.1])
-    merged = merge_partials([(out, lse), (randn(3, 4, seed=1), other)])
+    merged = merge_partials([AttentionLSE(out, lse), AttentionLSE(randn(3, 4, seed=1), other)])
     assert not merged.out[1].any()
     assert merged.lse[1] == -torch.inf
     assert_close(merged.lse[[0, 2]], torch.tensor([0.3, 0.1]))
@@ -53,11 +53,15 @@ def test_queries_that_saw_nothing_anywhere_stay_zero_with_zero_gradient():
 
 def test_gradcheck():
     tensors = [t.detach().requires_grad_() for part in parts([4])[0] for t in part]
-    assert torch.autograd.gradcheck(lambda a, la, b, lb: merge_partials([(a, la), (b, lb)]), tensors)
+    assert torch.autograd.gradcheck(
+        lambda a, la, b, lb: merge_partials([AttentionLSE(a, la), AttentionLSE(b, lb)]), tensors
+    )
 
 
 def test_large_scores_do_not_overflow():
-    merged = merge_partials([(torch.ones(1, 1), torch.tensor([800.0])), (torch.zeros(1, 1), torch.tensor([-800.0]))])
+    one = AttentionLSE(torch.ones(1, 1), torch.tensor([800.0]))
+    other = AttentionLSE(torch.zeros(1, 1), torch.tensor([-800.0]))
+    merged = merge_partials([one, other])
     assert_close(merged.out, torch.ones(1, 1))
     assert_close(merged.lse, torch.tensor([800.0]))
 
