@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    from saccade.vision_backbones.convert import convert_checkpoint
+    from saccade.vision_backbones import convert_checkpoint
 
     done = convert_checkpoint(args.source, model=args.model, out=args.out, overwrite=args.overwrite)
     classes = f"{done.num_classes} classes" if done.num_classes else "no classifier"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from saccade.vision_backbones.attend import attend as attend
     from saccade.vision_backbones.classifier import ImageClassifier as ImageClassifier
+    from saccade.vision_backbones.convert import convert_checkpoint as convert_checkpoint
     from saccade.vision_backbones.inference import classify as classify
     from saccade.vision_backbones.inference import embed as embed
     from saccade.vision_backbones.loading import LoadedModel as LoadedModel
@@ -22,12 +23,23 @@ LAZY = {
     "ModelSource": "loading",
     "attend": "attend",
     "classify": "inference",
+    "convert_checkpoint": "convert",
     "create_model": "loading",
     "embed": "inference",
     "load_model": "loading",
 }
 
-__all__ = ["ImageClassifier", "LoadedModel", "ModelSource", "attend", "classify", "create_model", "embed", "load_model"]
+__all__ = [
+    "ImageClassifier",
+    "LoadedModel",
+    "ModelSource",
+    "attend",
+    "classify",
+    "convert_checkpoint",
+    "create_model",
+    "embed",
+    "load_model",
+]
 
 
 def __getattr__(name: str) -> object:
