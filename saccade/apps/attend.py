@@ -1,0 +1,57 @@
+"""``saccade attend``: pictures of where a model looks."""
+
+from __future__ import annotations
+
+import argparse
+
+from saccade.apps.options import add_batch_options, add_input_options, add_model_options, batch_options, model_source
+from saccade.apps.screen import finish_run
+
+__all__ = ["EXAMPLES", "add_arguments", "run"]
+
+EXAMPLES = {
+    "attend": [
+        "saccade attend photos/ -m runs/flowers/latest/checkpoints/best.ckpt -o overlays/",
+        "saccade attend photos/ -m resnet50 --weights w.safetensors -o overlays/ --class 207 --maps maps.h5",
+    ]
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add_input_options(parser, out_help="folder for the pictures, one PNG per image")
+    add_model_options(parser)
+    group = parser.add_argument_group("map")
+    group.add_argument(
+        "--method",
+        choices=["auto", "rollout", "last-layer", "cam"],
+        default="auto",
+        help="auto: attention rollout for global-attention ViTs, else last-layer attention, else class activation",
+    )
+    group.add_argument("--layer", metavar="NAME", help="read this module, e.g. blocks.6 (default: the last)")
+    group.add_argument(
+        "--class", dest="class_name", metavar="CLASS", help="map this class, by name or index (default: the top class)"
+    )
+    group.add_argument("--heads", choices=["mean", "max"], default="mean", help="merge attention heads (default: mean)")
+    group.add_argument("--alpha", type=float, default=0.7, metavar="F", help="opacity, 0 to 1 (default: 0.7)")
+    group.add_argument("--maps", metavar="FILE", help="also write the maps as an array: .h5, .npy or .zarr")
+    add_batch_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    from saccade.vision_backbones.attend import attend
+
+    summary = attend(
+        args.inputs,
+        model=model_source(args),
+        out=args.out,
+        method=args.method,
+        layer=args.layer,
+        class_name=args.class_name,
+        heads=args.heads,
+        alpha=args.alpha,
+        maps=args.maps,
+        options=batch_options(args),
+    )
+    return finish_run(summary, as_json=args.json)
