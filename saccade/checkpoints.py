@@ -21,6 +21,7 @@ from saccade.errors import CheckpointError, ConfigError
 
 __all__ = [
     "KeyReport",
+    "best_checkpoint",
     "file_digest",
     "file_sha256",
     "filter_state_dict",
@@ -77,6 +78,30 @@ class KeyReport:
             if keys:
                 lines += [f"  {len(keys)} {heading}", *(f"    {key}" for key in keys)]
         return "\n".join(lines)
+
+
+def best_checkpoint(path: str | Path, *, prefer: str = "best") -> Path:
+    """Find the checkpoint that the user means.
+
+    Args:
+        path: A checkpoint, a run folder, or a folder ``runs/NAME`` (its latest run).
+        prefer: ``"best"`` or ``"last"``; the other is taken if this one is not there.
+
+    Raises:
+        ConfigError: If there is no such checkpoint.
+    """
+    given = Path(path)
+    if given.is_file():
+        return given
+    if not given.is_dir():
+        raise ConfigError(f"{str(path)!r} does not exist; expected a checkpoint or a run folder of `saccade fit`.")
+    note = given / "latest"
+    folder = given / note.read_text(encoding="utf-8").strip() if note.is_file() else given
+    for name in (prefer, "best", "last"):
+        checkpoint = folder / "checkpoints" / f"{name}.ckpt"
+        if checkpoint.exists():
+            return checkpoint
+    raise ConfigError(f"{str(path)!r} is no run folder: it has no checkpoints/best.ckpt or checkpoints/last.ckpt.")
 
 
 def file_sha256(path: str | Path) -> str:

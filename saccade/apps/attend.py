@@ -11,7 +11,7 @@ __all__ = ["EXAMPLES", "add_arguments", "run"]
 
 EXAMPLES = {
     "attend": [
-        "saccade attend photos/ -m runs/flowers/latest/checkpoints/best.ckpt -o overlays/",
+        "saccade attend photos/ -m runs/flowers -o overlays/",
         "saccade attend photos/ -m resnet50 --weights w.safetensors -o overlays/ --class 207 --maps maps.h5",
     ]
 }

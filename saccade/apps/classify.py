@@ -11,7 +11,7 @@ __all__ = ["EXAMPLES", "add_arguments", "run"]
 
 EXAMPLES = {
     "classify": [
-        "saccade classify photos/ -m runs/flowers/latest/checkpoints/best.ckpt -o predictions.csv",
+        "saccade classify photos/ -m runs/flowers -o predictions.csv",
         "saccade classify photos/ -m convnext_tiny --weights w.safetensors -o predictions.parquet --topk 3",
     ]
 }

@@ -9,14 +9,16 @@ __all__ = ["EXAMPLES", "add_arguments", "run"]
 EXAMPLES = {
     "convert": [
         "saccade convert OFFICIAL.pth -m convnext_tiny -o convnext_tiny.safetensors",
-        "saccade convert runs/flowers/latest/checkpoints/best.ckpt -o flowers.safetensors",
+        "saccade convert runs/flowers -o flowers.safetensors",
     ]
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("source", metavar="CHECKPOINT", help=".pth, .pt, .safetensors, or a training checkpoint *.ckpt")
+    parser.add_argument(
+        "source", metavar="CHECKPOINT", help=".pth, .pt, .safetensors; or a training checkpoint *.ckpt or run folder"
+    )
     parser.add_argument("-m", "--model", metavar="NAME", help="timm name; a *.ckpt knows its own")
     parser.add_argument("-o", "--out", required=True, metavar="FILE", help="*.safetensors")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")

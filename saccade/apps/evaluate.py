@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saccade import __version__
-from saccade.apps.run_folder import best_checkpoint, run_of
+from saccade.apps.run_folder import run_of
 from saccade.apps.screen import finish_run, table_lines
 from saccade.apps.shipped import config_path
 from saccade.apps.training_options import add_screen_options, add_training_options, describe_trainer, lightning_options
@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     from saccade.apps.lightning_cli import SaccadeCLI, read_stored_run
     from saccade.apps.quiet import training_screen
+    from saccade.checkpoints import best_checkpoint
 
     checkpoint = best_checkpoint(args.checkpoint)
     if args.command == "predict":

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saccade import __version__
-from saccade.apps.run_folder import RUNS, best_checkpoint, create_run_folder, latest_run, run_of
+from saccade.apps.run_folder import RUNS, create_run_folder, latest_run, run_of
 from saccade.apps.shipped import config_path
 from saccade.apps.training_options import add_screen_options, add_training_options, describe_trainer, lightning_options
 from saccade.errors import ConfigError
@@ -135,6 +135,8 @@ def fit(args: argparse.Namespace, reporter: Reporter) -> int:
 
 def resumed_checkpoint(args: argparse.Namespace) -> Path | None:
     """Return the checkpoint that ``--resume`` means, ``None`` without it."""
+    from saccade.checkpoints import best_checkpoint
+
     if args.resume is None:
         return None
     return best_checkpoint(args.resume or latest_run(args.name), prefer="last")

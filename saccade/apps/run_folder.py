@@ -9,7 +9,7 @@ from pathlib import Path
 
 from saccade.errors import ConfigError
 
-__all__ = ["RUNS", "best_checkpoint", "create_run_folder", "latest_run", "run_of"]
+__all__ = ["RUNS", "create_run_folder", "latest_run", "run_of"]
 
 RUNS = Path("runs")
 
@@ -45,30 +45,6 @@ def latest_run(name: str | None) -> Path:
         where = RUNS / name if name else RUNS
         raise ConfigError(f"There is no run to resume in {where}/ (working directory: {Path.cwd()}).")
     return notes[-1].parent / notes[-1].read_text(encoding="utf-8").strip()
-
-
-def best_checkpoint(path: str | Path, *, prefer: str = "best") -> Path:
-    """Find the checkpoint that the user means.
-
-    Args:
-        path: A checkpoint, a run folder, or a folder ``runs/NAME`` (its latest run).
-        prefer: ``"best"`` or ``"last"``; the other is taken if this one is not there.
-
-    Raises:
-        ConfigError: If there is no such checkpoint.
-    """
-    given = Path(path)
-    if given.is_file():
-        return given
-    if not given.is_dir():
-        raise ConfigError(f"{str(path)!r} does not exist; expected a checkpoint or a run folder of `saccade fit`.")
-    note = given / "latest"
-    folder = given / note.read_text(encoding="utf-8").strip() if note.is_file() else given
-    for name in (prefer, "best", "last"):
-        checkpoint = folder / "checkpoints" / f"{name}.ckpt"
-        if checkpoint.exists():
-            return checkpoint
-    raise ConfigError(f"{str(path)!r} is no run folder: it has no checkpoints/best.ckpt or checkpoints/last.ckpt.")
 
 
 def run_of(checkpoint: Path) -> Path | None:

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from saccade import __version__
 from saccade.batch.tables import atomic_path
-from saccade.checkpoints import KeyReport, file_sha256, filter_state_dict, match_keys, read_checkpoint, read_state_dict
+from saccade.checkpoints import (
+    KeyReport,
+    best_checkpoint,
+    file_sha256,
+    filter_state_dict,
+    match_keys,
+    read_checkpoint,
+    read_state_dict,
+)
 from saccade.errors import CheckpointError, ConfigError
 from saccade.vision_backbones.loading import check_name, fit_classes, load_model
 
@@ -49,7 +57,7 @@ def convert_checkpoint(
     ``backbone_kwargs``, ``class_names`` and ``data_config``.
 
     Args:
-        source: ``.pth``, ``.pt``, ``.safetensors`` or similar; or ``*.ckpt``.
+        source: ``.pth``, ``.pt``, ``.safetensors`` or similar; or a ``*.ckpt`` or run folder of ``saccade fit``.
         model: timm name of the model; a ``*.ckpt`` knows its own.
         out: ``*.safetensors``.
         overwrite: Replace ``out`` if it exists.
@@ -67,7 +75,8 @@ def convert_checkpoint(
         raise ConfigError(f"The output must end in .safetensors, got {path.name!r}.")
     if path.exists() and not overwrite:
         raise ConfigError(f"{path} exists; choose another name, or replace it with --overwrite.")
-    if str(source).endswith(".ckpt"):
+    if str(source).endswith(".ckpt") or Path(source).is_dir():
+        source = best_checkpoint(source)
         name, network, state, facts = from_training(source, model)
     elif model is None:
         raise ConfigError(f"Say with -m which model the weights in {source} belong to.")
@@ -88,9 +97,7 @@ def convert_checkpoint(
     return Conversion(name, int(getattr(network, "num_classes", 0)), report)
 
 
-def from_training(
-    source: str | Path, model: str | None
-) -> tuple[str, nn.Module, Mapping[str, Tensor], Mapping[str, Any]]:
+def from_training(source: Path, model: str | None) -> tuple[str, nn.Module, Mapping[str, Tensor], Mapping[str, Any]]:
     """Return name, network, weights and facts of a checkpoint of ``saccade fit``."""
     network = load_model(str(source)).model
     facts = read_checkpoint(source)["saccade"]

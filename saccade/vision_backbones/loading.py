@@ -14,7 +14,14 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from saccade.checkpoints import file_digest, filter_state_dict, load_weights, read_checkpoint, read_state_dict
+from saccade.checkpoints import (
+    best_checkpoint,
+    file_digest,
+    filter_state_dict,
+    load_weights,
+    read_checkpoint,
+    read_state_dict,
+)
 from saccade.errors import CheckpointError, ConfigError, SaccadeError, require, suggest
 from saccade.vision_backbones.hub import go_offline_if_unreachable, library_of, unusable
 
@@ -30,7 +37,7 @@ class ModelSource:
 
     Args:
         name: timm name; ``open_clip:MODEL[/TAG]``; ``hf-hub:ORG/NAME`` or ``local-dir:PATH`` (timm or open_clip, by the
-            configuration file found there); or a checkpoint ``*.ckpt`` written by ``saccade fit``.
+            configuration file found there); or a checkpoint ``*.ckpt`` or a run folder written by ``saccade fit``.
         weights: State dict for a timm or open_clip name, under its own or the official key names. The number of classes
             is taken from it.
         pretrained: Use the weights that timm knows for this name, downloading them if need be.
@@ -106,8 +113,8 @@ def load_model(source: str | ModelSource, *, seed: int = 0) -> LoadedModel:
     source = ModelSource(source) if isinstance(source, str) else source
     name = source.name
     torch.manual_seed(seed)
-    if name.endswith(".ckpt"):
-        loaded = from_training(source)
+    if name.endswith(".ckpt") or (Path(name).is_dir() and not timm.is_model(name)):
+        loaded = from_training(source, best_checkpoint(name))
     elif name.startswith("open_clip:") or (name.startswith(HUB_PREFIXES) and library_of(name) == "open_clip"):
         loaded = from_open_clip(source)
     else:
@@ -150,9 +157,8 @@ def from_timm(source: ModelSource) -> LoadedModel:
     return LoadedModel(model, name, origin, timm.data.resolve_model_data_config(model), names)
 
 
-def from_training(source: ModelSource) -> LoadedModel:
+def from_training(source: ModelSource, path: Path) -> LoadedModel:
     """Load a checkpoint of ``saccade fit``; needs no Lightning."""
-    path = source.name
     if source.weights is not None:
         raise ConfigError(f"{path} has its own weights; leave --weights out, or pass the model's name instead.")
     content = read_checkpoint(path)
@@ -169,7 +175,9 @@ def from_training(source: ModelSource) -> LoadedModel:
     model = create_model(facts["backbone"], num_classes=facts["num_classes"], **options)
     own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     load_weights(model, own, source=path)
-    return LoadedModel(model, path, f"file:{file_digest(path)}", dict(facts["data_config"]), list(facts["class_names"]))
+    return LoadedModel(
+        model, str(path), f"file:{file_digest(path)}", dict(facts["data_config"]), list(facts["class_names"])
+    )
 
 
 def from_open_clip(source: ModelSource) -> LoadedModel:

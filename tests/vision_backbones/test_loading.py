@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from lightning.pytorch import Trainer
 from safetensors.torch import save_file
 
 from saccade.errors import CheckpointError, ConfigError, MissingResourceError
-from saccade.vision_backbones import ModelSource, load_model
+from saccade.vision_backbones import ImageClassifier, ModelSource, load_model
 from tests.helpers import assert_close, randn, run_cli
 
 TINY = "test_vit"  # timm's own test models: a few hundred thousand weights at 160 px
@@ -192,6 +193,34 @@ def test_folder_of_neither_kind(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="is not JSON"):
         load_model(f"local-dir:{tmp_path}")
+
+
+# Runs of saccade fit
+
+
+def test_training_checkpoint_and_run_folder(tmp_path):
+    module = ImageClassifier("test_vit", num_classes=2, class_names=["cat", "dog"]).eval()
+    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    trainer.strategy.connect(module)
+    run = tmp_path / "runs" / "pets" / "20250301-101502"
+    trainer.save_checkpoint(run / "checkpoints" / "best.ckpt", weights_only=True)
+    (run.parent / "latest").write_text(f"{run.name}\n")
+    for name in (run / "checkpoints" / "best.ckpt", run, run.parent):
+        loaded = load_model(str(name))
+        assert loaded.class_names == ["cat", "dog"]
+        same(loaded, module.model, 160)
+    with pytest.raises(ConfigError, match="has its own weights"):
+        load_model(ModelSource(str(run), weights="w.pth"))
+    with pytest.raises(ConfigError, match="is no run folder"):
+        load_model(str(tmp_path))
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_model(str(run / "checkpoints" / "other.ckpt"))
+
+
+def test_checkpoint_of_something_else(tmp_path):
+    torch.save({"state_dict": {"weight": torch.zeros(1)}}, tmp_path / "other.ckpt")
+    with pytest.raises(CheckpointError, match="was not written by `saccade fit`"):
+        load_model(str(tmp_path / "other.ckpt"))
 
 
 # open_clip by name
