@@ -92,7 +92,7 @@ def visible(shape: Shape, options: dict) -> Tensor:
 def gradients(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
     """Return the gradients of a loss that weighs every element of every output differently, ``-inf`` left out."""
     loss = sum(
-        (out.masked_fill(out == -torch.inf, 0.0) * randn(*out.shape, seed=9 + i, dtype=out.dtype)).sum()
+        (out.masked_fill(out == -torch.inf, 0.0) * randn(*out.shape, seed=9 + i, dtype=out.dtype).to(out.device)).sum()
         for i, out in enumerate(outputs)
     )
     return list(torch.autograd.grad(loss, inputs))

@@ -60,6 +60,29 @@ def test_half_precision_accumulates_in_float32(name, dtype):
         assert (got.double() - want).abs().max() <= (1e-2 if dtype == torch.bfloat16 else 2e-3) * want.abs().max()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_backend_on_cuda(shape, name, dtype):
+    operator = OPERATORS[name]
+    tensors, options = make(shape, dtype)
+    wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    expected, expected_grads = run(operator, wide, as_double(options), "reference")
+    tensors = [tensor.detach().cuda().requires_grad_() for tensor in tensors]
+    for option, given in options.items():
+        if isinstance(given, torch.Tensor):
+            options[option] = given.detach().cuda().requires_grad_(given.requires_grad)
+    share = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]  # TF32 may be on
+    for row in explain(operator, *tensors, **options).rows:
+        if row.ok:
+            outputs, grads = run(operator, tensors, options, row.backend)
+            for got, want in zip(outputs + grads, expected + expected_grads, strict=True):
+                largest = max([1.0, *want.detach().nan_to_num(neginf=0.0).abs().flatten().tolist()])
+                assert_close(got, want, rtol=0, atol=share * largest)
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s.mask == "rows" or s.bias == "padding"], ids=str)
