@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from saccade.errors import BackendError, suggest
 
@@ -67,6 +68,26 @@ class Operator:
     def name(self) -> str:
         """The public function's name."""
         return self.function.__name__
+
+    def call(self, tensors: tuple[Tensor, ...], options: dict[str, Any], backend: str) -> Any:  # noqa: ANN401
+        """Check the arguments, choose a backend and run it; what a public function does.
+
+        Args:
+            tensors: Its positional arguments.
+            options: Its keyword arguments but ``backend``, in the order of its signature.
+            backend: Its argument of that name.
+        """
+        arguments = (*tensors, *options.values())
+        if has_torch_function(arguments):  # torch.fx records the public function as one node
+            return handle_torch_function(self.function, arguments, *tensors, **options, backend=backend)
+        device = tensors[0].device.type
+        # Under autocast inputs are lowered as for SDPA, and what happens inside keeps the precision it asks for.
+        if device != "meta" and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            lowered = tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+            with torch.autocast(device, enabled=False):
+                return self.call(lowered, options, backend)
+        return self.choose(self.describe(*tensors, **options), backend).run(*arguments)
 
     def choose(self, problem: Any, backend: str) -> Backend:  # noqa: ANN401 (each operator has its own problem)
         """Return the backend that runs this problem.

@@ -27,6 +27,8 @@ def can_run_attention(problem: Problem) -> Decision:
     """Say yes, and whether a fused kernel serves or the one that holds the scores."""
     if problem.device == "cpu" and problem.dropout:
         return Decision(True, "torch SDPA; its CPU kernel with dropout holds the L x S scores")
+    if problem.device == "cuda" and problem.dtype == torch.float64:
+        return Decision(True, "torch SDPA; in float64 its CUDA kernel holds the L x S scores")
     if problem.bias_requires_grad:
         return Decision(True, "torch SDPA; the gradient of the bias has the size of the L x S scores")
     return Decision(True, "torch SDPA, fused")

@@ -7,11 +7,8 @@ prefix or another worker's share of the keys is a partial result with its log-su
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
 from saccade.attention import reference
 from saccade.attention.dispatch import Backend, Decision, Operator, register
@@ -66,7 +63,7 @@ def attention(
         torch.Size([1, 2, 3, 4])
     """
     options = {"mask": mask, "bias": bias, "causal": causal, "scale": scale, "dropout_p": dropout_p}
-    out: Tensor = call(ATTENTION, query, key, value, options, backend)
+    out: Tensor = ATTENTION.call((query, key, value), options, backend)
     return out
 
 
@@ -108,24 +105,8 @@ def attention_lse(
         tensor([[[4.]]])
     """
     options = {"mask": mask, "bias": bias, "causal": causal, "scale": scale}
-    result: AttentionLSE = call(ATTENTION_LSE, query, key, value, options, backend)
+    result: AttentionLSE = ATTENTION_LSE.call((query, key, value), options, backend)
     return result
-
-
-def call(operator: Operator, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], backend: str) -> Any:  # noqa: ANN401
-    """Check the arguments, choose a backend and run it."""
-    tensors = (query, key, value, options["mask"], options["bias"])
-    if has_torch_function(tensors):  # torch.fx records the public function as one node
-        return handle_torch_function(operator.function, tensors, query, key, value, **options, backend=backend)
-    device = query.device.type
-    # Under autocast inputs are lowered as for SDPA, and what happens inside keeps the precision it asks for.
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        query, key, value = (t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value))
-        with torch.autocast(device, enabled=False):
-            return call(operator, query, key, value, options, backend)
-    problem = operator.describe(query, key, value, **options)
-    return operator.choose(problem, backend).run(query, key, value, *options.values())
 
 
 def always(problem: Problem) -> Decision:
