@@ -33,14 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--class", dest="class_name", metavar="CLASS", help="map this class, by name or index (default: the top class)"
     )
     group.add_argument("--heads", choices=["mean", "max"], default="mean", help="merge attention heads (default: mean)")
-    group.add_argument("--alpha", type=float, default=0.7, metavar="F", help="opacity, 0 to 1 (default: 0.7)")
+    group.add_argument("--alpha", type=float, default=0.5, metavar="F", help="opacity, 0 to 1 (default: 0.5)")
     group.add_argument("--maps", metavar="FILE", help="also write the maps as an array: .h5, .npy or .zarr")
     add_batch_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    from saccade.vision_backbones.attend import attend
+    from saccade.vision_backbones.attention_overlays import attend
 
     summary = attend(
         args.inputs,

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from saccade.vision_backbones.attend import attend as attend
+    from saccade.vision_backbones.attention_overlays import attend as attend
     from saccade.vision_backbones.classifier import ImageClassifier as ImageClassifier
     from saccade.vision_backbones.convert import convert_checkpoint as convert_checkpoint
     from saccade.vision_backbones.inference import classify as classify
@@ -21,7 +21,7 @@ LAZY = {
     "ImageClassifier": "classifier",
     "LoadedModel": "loading",
     "ModelSource": "loading",
-    "attend": "attend",
+    "attend": "attention_overlays",
     "classify": "inference",
     "convert_checkpoint": "convert",
     "create_model": "loading",

@@ -68,6 +68,7 @@ class FeatureLayout:
         return positions.transpose(1, 2).reshape(batch, channels, *grid)
 
 
+@torch.no_grad()
 def reads_positions_alike(model: Any, layout: FeatureLayout, features: Tensor) -> bool:  # noqa: ANN401 - timm's contract
     """Tell whether a model's head pools all positions in the same way, so that it can judge each on its own.
 

@@ -177,7 +177,7 @@ def rollout(request: Request) -> MapMethod:
         shares = product.product[:, rows, prefix:].mean(1)
         return request.logits(output), shares.unflatten(1, grid)
 
-    return MapMethod("rollout", f"{len(points)} attention layers", grid, run)
+    return MapMethod("rollout", f"{len(points)} layers", grid, run)
 
 
 def last_layer(request: Request) -> MapMethod:

@@ -19,10 +19,9 @@ from saccade.datasets.images import read_image
 __all__ = ["Legend", "draw_overlay", "model_view"]
 
 COLOURS = cv2.COLORMAP_INFERNO  # perceptually uniform: equal steps of the map look equally large
-VIEW_MIN, VIEW_MAX = (
-    288,
-    1024,
-)  # sides of a picture in pixels: a legible legend, a file that is not larger than it helps
+TONED_DOWN = 0.75  # share of grey under the map
+VIEW_MIN = 288  # pixels of the shorter side: the legend stays legible
+VIEW_MAX = 1024  # pixels of the longer side
 FONTS = Path(matplotlib.get_data_path(), "fonts", "ttf")
 
 
@@ -71,13 +70,14 @@ def model_view(path: str | Path, data_config: Mapping[str, Any]) -> NDArray[np.u
 def draw_overlay(view: NDArray[np.uint8], values: NDArray[Any], legend: Legend, *, alpha: float) -> Image.Image:
     """Blend a map over a photograph and put a legend below.
 
-    Colours are spread from the smallest to the largest value of the map; the stronger a value, the more it covers.
+    Colours are spread from the smallest to the largest value of the map. The photograph's own colours are toned down,
+    so that colour means the map.
 
     Args:
         view: RGB photograph, uint8 ``(Y, X, 3)``.
         values: Map of any resolution, ``(gy, gx)``, finite.
         legend: What is written below.
-        alpha: Opacity of the strongest colour, 0..1.
+        alpha: Opacity of the map, 0..1.
 
     Returns:
         RGB picture as wide as the photograph and higher by the legend.
@@ -86,11 +86,12 @@ def draw_overlay(view: NDArray[np.uint8], values: NDArray[Any], legend: Legend, 
     spread = float(values.max() - values.min())
     heat = (values - values.min()) / spread if spread > 0 else np.zeros_like(values)
     smooth = cv2.resize(heat.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC).clip(0, 1)
-    opacity = (alpha * (0.35 + 0.65 * smooth))[..., None]
-    blended = view * (1 - opacity) + colours(smooth) * opacity
+    grey = cv2.cvtColor(cv2.cvtColor(view, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    toned = cv2.addWeighted(view, 1 - TONED_DOWN, grey, TONED_DOWN, 0)
+    blended = cv2.addWeighted(toned, 1 - alpha, colours(smooth), alpha, 0)
     strip = draw_legend(width, legend)
     picture = Image.new("RGB", (width, height + strip.height), "white")
-    picture.paste(Image.fromarray(blended.round().astype(np.uint8)))
+    picture.paste(Image.fromarray(blended))
     picture.paste(strip, (0, height))
     return picture
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -34,7 +35,7 @@ def attend(
     layer: str | None = None,
     class_name: str | int | None = None,
     heads: str = "mean",
-    alpha: float = 0.7,
+    alpha: float = 0.5,
     maps: str | Path | None = None,
     options: BatchOptions | None = None,
 ) -> RunSummary:
@@ -60,7 +61,7 @@ def attend(
             output; ``None`` means the last.
         class_name: Class to map with ``"cam"``, by name or index; ``None`` means the top class of each image.
         heads: ``"mean"`` or ``"max"`` over attention heads.
-        alpha: Opacity of the strongest colour, 0..1.
+        alpha: Opacity of the map, 0..1.
         maps: Array file for the maps as the method gives them, ``maps`` ``(N, gy, gx)`` float32 and ``paths``.
         options: Device, batches, resume, screen.
 
@@ -144,13 +145,17 @@ def outside(items: list[Item], inputs: str | Path | Sequence[str | Path], folder
 def overlay_names(items: Sequence[Item]) -> dict[str, str]:
     """Name the pictures by item id: the id with ``.png`` for its extension, or behind it where two would be equal.
 
+    Where ids lead out of the working directory (absolute, or with ``..``), the folder that all have in common is left
+    out, so that pictures always lie below the output folder.
+
     Raises:
         ConfigError: If two names are still equal.
     """
-    inside = {  # below the output folder, whatever was typed
-        item.id: PurePosixPath(*("_" if part == ".." else part for part in PurePosixPath(item.id).parts if part != "/"))
-        for item in items
-    }
+    inside = {item.id: PurePosixPath(item.id) for item in items}
+    if any(path.is_absolute() or ".." in path.parts for path in inside.values()):
+        whole = {key: PurePosixPath(os.path.abspath(key)) for key in inside}  # noqa: PTH100 - links are not followed
+        common = os.path.commonpath([path.parent for path in whole.values()])
+        inside = {key: path.relative_to(common) for key, path in whole.items()}
     count = Counter(path.with_suffix(".png") for path in inside.values())
     names = {
         key: str(path.with_suffix(".png") if count[path.with_suffix(".png")] == 1 else f"{path}.png")
@@ -166,11 +171,12 @@ def overlay_names(items: Sequence[Item]) -> dict[str, str]:
 def check_targets(run: Run, items: Sequence[Item], folder: Path, names: Mapping[str, str]) -> None:
     """Raise if a picture would replace an input, or a file that no run of saccade has written."""
     inputs = {item.path.resolve() for item in items}
-    for item in items:
+    continued = run.options.overwrite or run.files.manifest.exists()
+    for item in run.items:
         target = folder / names[item.id]
         if target.resolve() in inputs:
             raise ConfigError(f"{target} is an input and would be replaced by a picture. Choose another --out.")
-        if target.exists() and not (run.options.overwrite or run.files.manifest.exists()):
+        if target.exists() and not continued:
             raise ConfigError(
                 f"{target} exists and no {run.files.manifest.name} says that saccade wrote it. "
                 "Choose another --out, or pass --overwrite to replace it."
