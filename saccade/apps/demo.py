@@ -19,6 +19,7 @@ from saccade.errors import ConfigError, SaccadeError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from PIL import Image
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
@@ -100,6 +101,7 @@ def report(folder: Path, lines: list[str]) -> None:
     draw_features(axes[1], Path("features.h5"))
     figure.savefig("training.png", dpi=110)
     plt.close(figure)
+    contact_sheet(sorted(Path("overlays").glob("*.png"))).save("overlays.png")
     confusion = next(folder.rglob("confusion_matrix.png"), None)
     if confusion is not None:
         shutil.copy(confusion, "confusion_matrix.png")
@@ -108,6 +110,18 @@ def report(folder: Path, lines: list[str]) -> None:
     accuracy = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["last"]["val/acc"]
     result = f"Accuracy on {len(VAL)} pictures not seen in training: {accuracy:.3f}."
     Path("report.html").write_text(page(lines, rows, result), encoding="utf-8")
+
+
+def contact_sheet(paths: list[Path]) -> Image.Image:
+    """Put pictures of one size side by side, three in a row."""
+    from PIL import Image, ImageOps
+
+    pictures = [Image.open(path).convert("RGB") for path in paths]
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (3 * width, -(-len(pictures) // 3) * height), "white")
+    for index, picture in enumerate(pictures):
+        sheet.paste(ImageOps.pad(picture, (width, height)), (index % 3 * width, index // 3 * height))
+    return sheet
 
 
 def draw_training(axes: Axes, path: Path) -> None:
@@ -145,7 +159,6 @@ def page(lines: list[str], rows: list[dict[str, str]], result: str) -> str:
         wide_px=WIDE_PX,
         commands=html.escape("\n".join(f"$ {line}" for line in lines)),
         result=html.escape(result),
-        overlays="".join(f'<img src="{path}" alt="{path.stem}">' for path in sorted(Path("overlays").glob("*.png"))),
         rows="\n".join(
             f'<tr class="{row["status"]}"><td><img src="inbox/{row["path"]}" alt=""></td>'
             + "".join(f"<td>{html.escape(row[name])}</td>" for name in cells)
