@@ -51,7 +51,6 @@ class EpochTable(Callback):
         self.sign = 1 if mode == "max" else -1
         self.shown = list(dict.fromkeys(("train/loss", "val/loss", monitor)))
         self.rows: list[dict[str, Any]] = []
-        self.added = 0
         self.started = time.monotonic()
         self.rate = 0.0
 
@@ -104,7 +103,6 @@ class EpochTable(Callback):
         row = {"epoch": trainer.current_epoch + 1, **values, "lr": self.rate, "seconds": round(seconds, 2)}
         before = self.best
         self.rows.append(row)
-        self.added += 1
         cells = "".join(f"{row[name]:>12.4g}" if name in row else f"{'-':>12}" for name in self.shown)
         star = "  *" if before and self.best is row else ""
         self.reporter.say(f"{row['epoch']:>5}{cells}{self.rate:>10.1e}{clock(seconds):>8}{star}")
@@ -113,13 +111,13 @@ class EpochTable(Callback):
             write_json(self.folder / "metrics.json", self.summary())
 
     def summary(self) -> dict[str, Any]:
-        """Return the best and the last epoch."""
+        """Return the best and the last epoch; there must be one."""
         return {
             "monitor": self.monitor,
-            "epochs": self.rows[-1]["epoch"] if self.rows else 0,
+            "epochs": self.rows[-1]["epoch"],
             "seconds": round(sum(row["seconds"] for row in self.rows), 1),
             "best": self.best,
-            "last": self.rows[-1] if self.rows else {},
+            "last": self.rows[-1],
         }
 
 

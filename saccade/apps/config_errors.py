@@ -23,12 +23,25 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from saccade.errors import ConfigError, suggest
 
-__all__ = ["LINKED", "Setting", "check_names", "explain", "settings_of_file", "settings_of_options", "settings_of_text"]
+__all__ = [
+    "LINKED",
+    "Chosen",
+    "Setting",
+    "check_names",
+    "explain",
+    "setting_of_option",
+    "settings_of_file",
+    "settings_of_text",
+    "split_options",
+]
 
 TOP = ("data", "model", "seed_everything", "trainer")
 BASES: dict[str, type] = {"model": LightningModule, "data": LightningDataModule}
+FLAGS = ("--help", "--print_config")
 CLASS_KEYS = ("class_path", "dict_kwargs", "init_args")
 LINKED = ("num_classes", "class_names", "data_config")  # arguments of the model that are taken from the data
+
+Chosen = dict[tuple[str, ...], type | None]
 
 
 @dataclass(frozen=True)
@@ -84,38 +97,46 @@ def walk(node: yaml.MappingNode, parents: tuple[str, ...], origin: str) -> Itera
             yield from walk(value, name, origin)
 
 
-def settings_of_options(options: list[str]) -> list[Setting]:
-    """Read the keys of options such as ``--model.lr 0.1``, ``--model.lr=0.1`` or ``--model ImageClassifier``.
+def split_options(options: list[str]) -> list[str]:
+    """Write options with their values as one word each: ``--model.lr 0.1`` becomes ``--model.lr=0.1``.
 
     Raises:
         ConfigError: If something is neither an option nor the value of one.
     """
-    settings = []
+    words: list[str] = []
     rest = list(options)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
             raise ConfigError(f"Unexpected argument {word!r}.")
-        option, equals, value = word.partition("=")
-        if not equals and rest and not rest[0].startswith("--"):
-            value = rest.pop(0)
-        if option in ("--help", "--print_config") or option.endswith(".help"):
-            continue
-        key = tuple(option.removeprefix("--").removesuffix("+").split("."))
-        settings.append(Setting(key, value, f"option {option}"))
-    return settings
+        if "=" not in word and word not in FLAGS and rest and not rest[0].startswith("--"):
+            word = f"{word}={rest.pop(0)}"
+        words.append(word)
+    return words
 
 
-def check_names(settings: list[Setting]) -> None:
+def setting_of_option(word: str) -> Setting | None:
+    """Read the key of an option such as ``--model.lr=0.1``; ``None`` if it asks for help or for the config."""
+    option, _, value = word.partition("=")
+    if option in FLAGS or option.endswith(".help"):
+        return None
+    return Setting(tuple(option.removeprefix("--").removesuffix("+").split(".")), value, f"option {option}")
+
+
+def check_names(settings: list[Setting], chosen: Chosen) -> list[str]:
     """Raise for the first key or class that does not exist.
 
     Args:
-        settings: In the order in which they take effect.
+        settings: Of one source, in their order.
+        chosen: Classes named so far, by key without ``init_args``; those of this source are added.
+
+    Returns:
+        Keys at which this source puts another class in the place of an earlier source's.
 
     Raises:
         ConfigError: Naming the source, the name and close ones.
     """
-    chosen: dict[tuple[str, ...], type | None] = {}
+    earlier = dict(chosen)
     for setting in settings:
         *parents, name = setting.key
         parent = tuple(part for part in parents if part != "init_args")
@@ -127,9 +148,10 @@ def check_names(settings: list[Setting]) -> None:
         base = class_of_setting(place, chosen)
         if base is not None and setting.value and name != "init_args":
             chosen[place] = find_class(setting, setting.value, base)
+    return [".".join(place) for place, cls in chosen.items() if place in earlier and earlier[place] is not cls]
 
 
-def check_key(setting: Setting, parent: tuple[str, ...], name: str, chosen: dict[tuple[str, ...], type | None]) -> None:
+def check_key(setting: Setting, parent: tuple[str, ...], name: str, chosen: Chosen) -> None:
     """Raise unless ``name`` may stand below ``parent``."""
     if parent == ("model",) and name in LINKED:
         raise ConfigError(f"{setting.source}: model.{name} is taken from the data; leave it out.")
@@ -140,7 +162,7 @@ def check_key(setting: Setting, parent: tuple[str, ...], name: str, chosen: dict
         raise ConfigError(f"{setting.source}: unknown key {name!r}{where}.{hint}")
 
 
-def known_names(parent: tuple[str, ...], chosen: dict[tuple[str, ...], type | None]) -> set[str] | None:
+def known_names(parent: tuple[str, ...], chosen: Chosen) -> set[str] | None:
     """Return the names that may stand below a key, ``None`` if anything may."""
     if not parent:
         return set(TOP)
@@ -155,7 +177,7 @@ def known_names(parent: tuple[str, ...], chosen: dict[tuple[str, ...], type | No
     return {parameter.name for parameter in parameters}
 
 
-def class_of_setting(place: tuple[str, ...], chosen: dict[tuple[str, ...], type | None]) -> type | None:
+def class_of_setting(place: tuple[str, ...], chosen: Chosen) -> type | None:
     """Return the base of the class that is named at a key, ``None`` if no class is."""
     if len(place) == 1:
         return BASES.get(place[0])
@@ -164,7 +186,7 @@ def class_of_setting(place: tuple[str, ...], chosen: dict[tuple[str, ...], type 
     return next((base for base in (Optimizer, LRScheduler) if base in parts), None)
 
 
-def annotation(place: tuple[str, ...], chosen: dict[tuple[str, ...], type | None]) -> Any:  # noqa: ANN401 - any type form
+def annotation(place: tuple[str, ...], chosen: Chosen) -> Any:  # noqa: ANN401 - any type form
     """Return the annotation of the argument at a key, ``None`` if its class is not known."""
     owner: Any = chosen.get(place[:-1])
     if owner is None:

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,6 +97,7 @@ def fit(args: argparse.Namespace, reporter: Reporter) -> int:
         raise ConfigError(
             f"A continued run cannot change {'; '.join(refused)}. Start a new one with --model.weights {checkpoint}."
         )
+    cli.build_trainer(Path(), [])  # what Lightning refuses should not leave a run folder behind
     folder = prepare_folder(args.name or cli.title.rpartition("/")[2], checkpoint, cli.config_text)
     if folder.is_dir():
         reporter.log = (folder / "log.txt").open("a", encoding="utf-8")
@@ -103,16 +105,11 @@ def fit(args: argparse.Namespace, reporter: Reporter) -> int:
     checkpoints = folder / "checkpoints"
     table = EpochTable(folder, reporter, monitor, mode)
     interruption = Interruption(checkpoints / "last.ckpt")
-    keep = ModelCheckpoint(
-        dirpath=checkpoints,
-        filename="best",
-        monitor=monitor,
-        mode=mode,
-        save_last=True,
-        save_on_train_epoch_end=True,
-        enable_version_counter=False,
+    every_epoch = partial(
+        ModelCheckpoint, dirpath=checkpoints, save_on_train_epoch_end=True, enable_version_counter=False
     )
-    callbacks = [StoredConfig(cli.config_text), table, interruption, keep]
+    best, last = every_epoch(filename="best", monitor=monitor, mode=mode), every_epoch(filename="last")
+    callbacks = [StoredConfig(cli.config_text), table, interruption, best, last]
     if checkpoint is not None:
         callbacks.append(Continuation(checkpoints))
     trainer = cli.build_trainer(folder, callbacks)
@@ -126,7 +123,10 @@ def fit(args: argparse.Namespace, reporter: Reporter) -> int:
     except SIGTERMException:
         code = TERMINATED
     else:
-        conclude(reporter, table, folder, as_json=args.json and trainer.is_global_zero)
+        if table.rows:
+            conclude(reporter, table, folder, as_json=args.json and trainer.is_global_zero)
+        else:
+            reporter.say(f"nothing left to train: {trainer.current_epoch} epochs are done; more with --epochs N")
         return 0
     saved = "checkpoints/last.ckpt saved; " if interruption.saved else ""
     reporter.say(f"interrupted in epoch {trainer.current_epoch + 1}   {saved}go on: saccade fit --resume {folder}")
@@ -168,9 +168,7 @@ def announce(reporter: Reporter, cli: SaccadeCLI, trainer: Trainer, folder: Path
 def conclude(reporter: Reporter, table: EpochTable, folder: Path, *, as_json: bool) -> None:
     """Say what came out and what to do next."""
     best = table.best
-    if not table.added:
-        reporter.say(f"nothing left to train: the run has its {table.summary()['epochs']} epochs; more with --epochs N")
-    elif best:
+    if best:
         score = f"best {table.monitor} {best[table.monitor]:.4g} (epoch {best['epoch']})"
         reporter.say(f"{score}   checkpoints/best.ckpt   next: saccade test {folder}")
     if as_json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +23,17 @@ import saccade.datasets.idx
 import saccade.vision_backbones.classifier  # these imports make the classes known by their short names  # noqa: F401
 from saccade.apps.config_errors import (
     LINKED,
+    Chosen,
     Setting,
     check_names,
     explain,
+    setting_of_option,
     settings_of_file,
-    settings_of_options,
     settings_of_text,
+    split_options,
 )
 from saccade.checkpoints import read_checkpoint
-from saccade.datasets.image_data import ImageData, Preprocess, Split
+from saccade.datasets.image_data import Augmentation, ImageData, Preprocess, Split
 from saccade.errors import ConfigError
 from saccade.vision_backbones.loading import check_name
 
@@ -93,15 +96,17 @@ class SaccadeCLI(LightningCLI):
         self.base = {} if stored is None else yaml.safe_load(stored.config)
         if not keep_trainer:
             self.base.pop("trainer", None)
-        base_text = yaml.safe_dump(self.base, sort_keys=False) if self.base else ""
         self.settings: list[Setting] = []
-        if self.base:
-            self.settings += settings_of_text(base_text, f"config in {stored.checkpoint.name if stored else ''}")
+        self.chosen: Chosen = {}
+        self.arguments: list[str] = []
+        if stored is not None:
+            text = yaml.safe_dump(self.base, sort_keys=False)
+            self.add_source(["--config", text], settings_of_text(text, f"config in {stored.checkpoint.name}"))
         for path in configs:
-            self.settings += settings_of_file(path)
-        self.settings += settings_of_options(options)
-        check_names(self.settings)
-        sources = ([base_text] if self.base else []) + [str(path) for path in configs]
+            self.add_source(["--config", str(path)], settings_of_file(path))
+        for option in split_options(options):
+            setting = setting_of_option(option)
+            self.add_source([option], [] if setting is None else [setting])
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -113,8 +118,18 @@ class SaccadeCLI(LightningCLI):
             save_config_callback=None,
             auto_configure_optimizers=False,
             run=False,
-            args=[part for source in sources for part in ("--config", source)] + options,
+            args=self.arguments,
         )
+
+    def add_source(self, arguments: list[str], settings: list[Setting]) -> None:
+        """Append arguments for the parser, after checking their names.
+
+        Where they name another class than the sources before, what those set for the old class is dropped first:
+        jsonargparse would keep every argument whose name the new class has too, AdamW's weight decay for SGD.
+        """
+        replaced = check_names(settings, self.chosen)
+        self.arguments += [f"--{key}=null" for key in replaced] + arguments
+        self.settings += settings
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Take from the data what the model needs to know about it."""
@@ -265,3 +280,5 @@ def print_all_options() -> None:
     for topic in ("--help", "--model.help=ImageClassifier", "--data.help=ImageFolderData"):
         with suppress(SystemExit):  # how the parser ends after printing
             SaccadeCLI([topic], [])
+    for name, group in (("preprocess", Preprocess), ("augment", Augmentation)):
+        print(f"\n--data.{name}.KEY VALUE: {inspect.getdoc(group)}")
