@@ -89,7 +89,7 @@ def test_unusable_root(tmp_path, monkeypatch, root, message):
 def test_image_outside_the_class_folders_is_refused(tmp_path):
     write_folder(tmp_path, {"": 2})
     write_picture(tmp_path / "stray.png", (1, 2, 3), 0)
-    with pytest.raises(ConfigError, match="stray.png' lies in no class folder"):
+    with pytest.raises(ConfigError, match=r"stray\.png' lies in no class folder"):
         ImageFolderData(str(tmp_path)).samples("train")
 
 

@@ -63,7 +63,7 @@ def test_missing_files(tmp_path):
         read_idx(tmp_path / "x")
     with pytest.raises(ConfigError, match="has no train-images-idx3-ubyte"):
         IDXData(str(tmp_path)).samples("train")
-    with pytest.raises(ConfigError, match="--data.root"):
+    with pytest.raises(ConfigError, match=r"--data\.root"):
         IDXData().samples("train")
 
 

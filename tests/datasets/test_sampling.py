@@ -7,7 +7,7 @@ from saccade.errors import ConfigError
 @pytest.mark.parametrize(("count", "replicas"), [(10, 3), (9, 3), (7, 4), (4, 4), (5, 1)])
 def test_evaluation_covers_every_sample_once(count, replicas):
     shares = [list(EvaluationSampler(range(count), replicas, rank)) for rank in range(replicas)]
-    assert sorted(sum(shares, [])) == list(range(count))
+    assert sorted(index for share in shares for index in share) == list(range(count))
     assert [len(EvaluationSampler(range(count), replicas, rank)) for rank in range(replicas)] == [
         len(s) for s in shares
     ]

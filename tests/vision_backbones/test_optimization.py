@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -41,7 +42,7 @@ def test_layer_decay_falls_towards_the_input(vit):
     rate = {name: group["lr"] for group in optimizer.param_groups for name in names_of(vit, group)}
     assert rate["head.weight"] == pytest.approx(0.2)
     blocks = [rate[f"blocks.{index}.attn.qkv.weight"] for index in range(len(vit.blocks))]
-    assert all(lower == pytest.approx(upper / 2) for lower, upper in zip(blocks, blocks[1:], strict=False))
+    assert all(lower == pytest.approx(upper / 2) for lower, upper in itertools.pairwise(blocks))
     assert rate["patch_embed.proj.weight"] == pytest.approx(blocks[0] / 2)
 
 
