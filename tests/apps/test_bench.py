@@ -73,10 +73,10 @@ def test_a_backend_that_one_operator_lacks_is_a_row(operators, capsys):
 
 @pytest.mark.parametrize("mode", ["infer", "train"])
 def test_model_rows(mode, capsys):
-    arguments = ["--batch-size", "1,3", "--img-size", "32", "--mode", mode, "--repeats", "2", "--device", "cpu"]
+    arguments = ["--batch-size", "1,3", "--img-size", "64", "--mode", mode, "--repeats", "2", "--device", "cpu"]
     assert main(["bench", "model", "resnet10t", *arguments, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [row["shape"] for row in rows] == ["1x3x32x32", "3x3x32x32"]
+    assert [row["shape"] for row in rows] == ["1x3x64x64", "3x3x64x64"]
     for row in rows:
         batch = int(row["shape"][0])
         assert row["images_per_s"] == pytest.approx(1e3 * batch / row["median_ms"])

@@ -118,6 +118,6 @@ def test_compile_without_graph_breaks(model):
         assert_close(out, expected)
         (grad,) = torch.autograd.grad(out.square().sum(), inputs)
         (expected_grad,) = torch.autograd.grad(expected.square().sum(), inputs)
-        assert_close(grad, expected_grad, rtol=1e-3)
+        assert_close(grad, expected_grad, atol=1e-5 * expected_grad.abs().max().item())  # up to 60, with cancellation
     with use_backend("reference"):
         assert_close(compiled(inputs), expected)
