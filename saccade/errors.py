@@ -1,5 +1,7 @@
 """Every exception that saccade raises on purpose.
 
+::
+
     SaccadeError
     |- ShapeError (ValueError)             a tensor does not have the shape, dtype or device asked for
     |- ConfigError (ValueError)            an option, name or file that the user chose is not usable

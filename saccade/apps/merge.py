@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from saccade.apps.screen import finish_run
 
@@ -32,4 +33,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     from saccade.batch import merge_shards
 
-    return finish_run(merge_shards(args.inputs, out=args.out), as_json=args.json)
+    summary = merge_shards(args.inputs, out=args.out)
+    counts = f"done {summary.done:,}  failed {summary.failed:,}"
+    print(f"{counts}   united in {summary.out}   details: {summary.details}", file=sys.stderr)
+    return finish_run(summary, as_json=args.json)

@@ -36,7 +36,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--model",
         required=True,
         metavar="NAME",
-        help="timm name, open_clip:MODEL[/TAG], hf-hub:ORG/NAME, local-dir:PATH, or a run of saccade fit (*.ckpt, folder)",
+        help="timm name, open_clip:MODEL[/TAG], hf-hub:ORG/NAME, local-dir:PATH, or a run of fit (*.ckpt, folder)",
     )
     group.add_argument("--weights", metavar="PATH", help="state dict, .safetensors or .pth; official keys accepted")
     group.add_argument("--pretrained", action="store_true", help="allow timm to download its weights")

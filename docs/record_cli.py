@@ -1,0 +1,148 @@
+"""Write docs/cli.md: run every command on generated pictures and record what the screen shows.
+
+python docs/record_cli.py
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+from skimage import data
+
+from saccade.apps.cli import COMMANDS, build_parser
+from saccade.apps.completion import parser_places
+
+PAGE = Path(__file__).with_name("cli.md")
+COLUMNS = 100
+LONGEST = 24  # lines of a recorded screen
+INTRODUCTION = """# Command line
+
+Written by `python docs/record_cli.py`, which runs the commands below, one after the other, in a folder with `photos/`
+(two classes of small crops from pictures that scikit-image ships) and `mixed/` (one of them, and a file that is no
+picture). Long screens are cut at `...`; times are those of the machine that recorded the page.
+
+Results go to standard output, everything else to standard error. Exit codes: 0 all done; 1 the run failed; 2 usage or
+configuration; 3 finished, some items failed; 4 something is missing on this machine; 130 interrupted.
+"""
+# Command: what it is for, and the calls to record. In the order in which they can run: later ones use earlier results.
+SCREENS = {
+    "fit": (
+        "Trains a model with Lightning. Every run gets a folder of its own, `runs/NAME/YYYYmmdd-HHMMSS/`, with config, "
+        "checkpoints, metrics and log. Any setting of trainer, model and data can be given as `--SECTION.KEY VALUE`.",
+        [
+            "saccade fit -c image/finetune --model.backbone test_efficientnet --data.img_size 64 --data.root photos/ "
+            "--epochs 6 --lr 0.01 --name pets"
+        ],
+    ),
+    "validate": ("Evaluates a checkpoint on the validation split.", ["saccade validate runs/pets"]),
+    "test": (
+        "Evaluates a checkpoint on the test split; config and data come from the checkpoint unless given anew.",
+        ["saccade test runs/pets --data.root photos/"],
+    ),
+    "predict": (
+        "Predicts with a checkpoint through Lightning, on several devices or nodes. On one machine `classify` does the "
+        "same and copes with broken files and interruptions.",
+        ["saccade predict runs/pets --data.root photos/ -o predicted.csv --topk 1"],
+    ),
+    "classify": (
+        "Class probabilities of images, one row per file. A file that cannot be read becomes a row with the reason, "
+        "and the exit code is 3. Run again after an interruption: finished files are not done twice.",
+        ["saccade classify mixed/ -m runs/pets -o classes.csv --topk 1", "cat classes.csv"],
+    ),
+    "embed": (
+        "Feature vectors of images.",
+        [
+            "saccade embed photos/ -m runs/pets -o features.h5 --shard 1/2",
+            "saccade embed photos/ -m runs/pets -o features.h5 --shard 2/2",
+        ],
+    ),
+    "attend": ("Pictures of where a model looks.", ["saccade attend mixed/ -m runs/pets -o overlays/"]),
+    "merge": ("Unites the outputs of `--shard` runs.", ["saccade merge features.h5"]),
+    "list": (
+        "What there is. `VERIFIED` says what tests compare with the official code: `golden` outputs, `grad` gradients, "
+        "`keys` checkpoint keys; nothing for timm's own models. Their sizes are those of timm 1.0.31.",
+        ["saccade list models 'vit_tiny*'", "saccade list ops", "saccade list configs"],
+    ),
+    "config": (
+        "Shipped configs, to use by name (`-c image/finetune`) or to copy and edit.",
+        [
+            "saccade config cp image/finetune my.yaml",
+            "saccade config check my.yaml",
+            "saccade config show image/finetune",
+        ],
+    ),
+    "bench": (
+        "Times attention operators, with every result checked against the literal form, and models.",
+        ["saccade bench attention --shapes 1x2x64x32", "saccade bench model test_resnet --img-size 64"],
+    ),
+    "doctor": (
+        "Checks this installation by doing a little of everything, without network. With `--json` the keys are "
+        "`profile`, `checks` (each with `name`, `status`, `message`, `fix`, `seconds`), `passed`, `warnings` and "
+        "`failed`.",
+        ["saccade doctor --profile wsi"],
+    ),
+    "convert": (
+        "Rewrites a checkpoint as safetensors under the model's own key names: official names are translated, every "
+        "key must be accounted for. Nothing in the file is run.",
+        ["saccade convert runs/pets -o pets.safetensors"],
+    ),
+    "demo": (
+        "Trains and applies a small model on data that comes with the installation, offline.",
+        ["saccade demo -o demo/"],
+    ),
+    "completion": (
+        "Prints a completion script; it is static, so a key press starts no Python.",
+        ["saccade completion bash | head -n 3"],
+    ),
+}
+
+
+def main() -> None:
+    """Write the page."""
+    sections = [INTRODUCTION]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_pictures(folder)
+        for command in COMMANDS:
+            text, calls = SCREENS[command.name]
+            sections.append(f"## {command.name}\n\n{text}\n")
+            sections += [screen(call, folder, LONGEST) for call in calls]
+            for place in parser_places(build_parser(command), command.name):
+                sections.append(screen(f"saccade {place.path.strip()} --help", folder, None))
+    PAGE.write_text("\n".join(sections), encoding="utf-8")
+
+
+def write_pictures(folder: Path) -> None:
+    """Write ``photos/`` with two classes, split into train, val and test, and ``mixed/`` with a broken file."""
+    for name, picture in (("cat", data.chelsea()), ("coffee", data.coffee())):
+        for index in range(40):
+            split = "train" if index < 24 else "val" if index < 32 else "test"
+            place = folder / "photos" / split / name
+            place.mkdir(parents=True, exist_ok=True)
+            top, left = 20 + 37 * index % 150, 60 + 53 * index % 250
+            Image.fromarray(picture[top : top + 96, left : left + 96]).save(place / f"{index:02d}.png")
+    (folder / "mixed").mkdir()
+    shutil.copy(folder / "photos/test/cat/33.png", folder / "mixed/33.png")
+    (folder / "mixed/broken.jpg").write_bytes(b"no picture")
+
+
+def screen(call: str, folder: Path, longest: int | None) -> str:
+    """Run a shell command and return it with its screen as a block."""
+    env = {**os.environ, "COLUMNS": str(COLUMNS), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(call, shell=True, cwd=folder, env=env, stdout=-1, stderr=-2, text=True, check=False)
+    lines = [line.rstrip() for line in done.stdout.replace(str(folder), "~").splitlines()]
+    if longest is not None and len(lines) > longest:
+        lines = [*lines[: longest - 1], "..."]
+    if done.returncode:
+        lines.append(f"(exit {done.returncode})")
+    return "```text\n" + "\n".join([f"$ {call}", *lines]) + "\n```\n"
+
+
+if __name__ == "__main__":
+    main()
