@@ -19,7 +19,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import ClasswiseWrapper, Metric, MetricCollection
+from torchmetrics import ClasswiseWrapper, MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassConfusionMatrix,
@@ -164,6 +164,8 @@ class ImageClassifier(LightningModule):
             }
         )
         self.confusion = MulticlassConfusionMatrix(num_classes)
+        # Lightning's own mean over processes divides by a rounded number of samples where these have unequal shares.
+        self.mean_loss = MeanMetric()
         self.train()  # what stays in evaluation mode does so from the start
 
     def forward(self, images: Tensor) -> Tensor:
@@ -230,37 +232,42 @@ class ImageClassifier(LightningModule):
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Count one validation batch."""
-        self.evaluate(batch, "val", self.val_metrics)
+        self.evaluate(batch, self.val_metrics)
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Count one test batch."""
-        logits = self.evaluate(batch, "test", self.test_metrics)
+        logits = self.evaluate(batch, self.test_metrics)
         self.confusion.update(logits, batch["target"])
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
         """Return ``logits`` (``(B, num_classes)``, float32) and the batch's ``id``, ``error`` and ``reason``."""
         return {"logits": self(batch["image"]).float()} | {key: batch[key] for key in ("id", "error", "reason")}
 
-    def evaluate(self, batch: Mapping[str, Any], stage: str, metrics: MetricCollection) -> Tensor:
-        """Log the loss of a batch, count it in the metrics, and return the logits."""
+    def evaluate(self, batch: Mapping[str, Any], metrics: MetricCollection) -> Tensor:
+        """Count a batch in the mean loss and the metrics, and return its logits."""
         logits: Tensor = self(batch["image"])
-        loss = F.cross_entropy(logits, batch["target"])
-        self.log(f"{stage}/loss", loss, sync_dist=True, batch_size=len(logits))
+        self.mean_loss.update(F.cross_entropy(logits, batch["target"]), weight=len(logits))
         metrics.update(logits, batch["target"])
         return logits
 
+    def log_evaluation(self, stage: str, metrics: MetricCollection) -> None:
+        """Log the metrics of a whole split, over all processes, and begin anew."""
+        self.log(f"{stage}/loss", self.mean_loss.compute())
+        self.log_dict(metrics.compute())
+        self.mean_loss.reset()
+        metrics.reset()
+
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics."""
-        self.log_dict(self.val_metrics.compute())
-        self.val_metrics.reset()
+        self.log_evaluation("val", self.val_metrics)
 
     def on_test_epoch_end(self) -> None:
         """Log the test metrics and draw the confusion matrix."""
-        self.log_dict(self.test_metrics.compute())
-        self.test_metrics.reset()
+        self.log_evaluation("test", self.test_metrics)
         matrix = self.confusion.compute()
+        folder = Path(self.trainer.log_dir or ".")  # all processes take part in finding it
         if self.trainer.is_global_zero:
-            draw_confusion(matrix.cpu(), self.class_names, Path(self.trainer.log_dir or ".") / "confusion_matrix.png")
+            draw_confusion(matrix.cpu(), self.class_names, folder / "confusion_matrix.png")
         self.confusion.reset()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
