@@ -28,14 +28,6 @@ def pictures(tmp_path_factory):
     return write_pictures(tmp_path_factory.mktemp("attend") / "pictures")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def finished(pictures, tmp_path_factory):
     """A complete run, with maps."""
