@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -243,6 +244,7 @@ class ImageData(LightningDataModule, ABC):
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
+            worker_init_fn=leave_signals_to_parent,
             drop_last=len(sampler) >= self.batch_size,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -268,6 +270,7 @@ class ImageData(LightningDataModule, ABC):
             batch_size=self.batch_size,
             sampler=EvaluationSampler(dataset, *world()),
             num_workers=self.num_workers,
+            worker_init_fn=leave_signals_to_parent,
             persistent_workers=self.num_workers > 0 and split == "val",
             pin_memory=torch.cuda.is_available(),
         )
@@ -298,6 +301,12 @@ class ImageData(LightningDataModule, ABC):
                     f"Image {sample!r} cannot be used: {error}. Remove it, or pass --data.skip_unreadable true."
                 )
         return batch
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """Ignore Ctrl-C and SIGTERM in a worker, which go to it too: its parent ends it after the last step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def hold_out(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:

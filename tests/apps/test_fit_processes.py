@@ -103,7 +103,9 @@ def start_fit(place, name):
     options = ["--data.root", "photos", "--epochs", "500", "--name", name, "-j", "1"]
     command = [sys.executable, "-m", "saccade.apps.cli", "fit", *TINY, *options]
     environment = {**os.environ, **ONE_THREAD}
-    process = subprocess.Popen(command, cwd=place, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=place, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     deadline = time.monotonic() + 200
     while not list((place / "runs" / name).glob("2*/metrics.json")):
         assert process.poll() is None, process.stderr.read()
@@ -116,7 +118,7 @@ def start_fit(place, name):
 def test_t10_interrupted_fit_saves_and_goes_on(place, signum, code):
     name = signum.name.lower()
     process = start_fit(place, name)
-    process.send_signal(signum)
+    os.killpg(process.pid, signum)  # as a terminal or a cluster does: the decoding processes get it too
     _, err = process.communicate(timeout=60)
     assert process.returncode == code
     last = err.strip().splitlines()[-1]
