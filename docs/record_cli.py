@@ -139,6 +139,8 @@ def screen(call: str, folder: Path, longest: int | None) -> str:
     lines = [line.rstrip() for line in done.stdout.replace(str(folder), "~").splitlines()]
     if longest is not None and len(lines) > longest:
         lines = [*lines[: longest - 1], "..."]
+    if done.returncode not in (0, 3):  # 3: a screen that shows what becomes of a broken file
+        sys.exit(f"{call!r} ended with exit code {done.returncode}; the page stays as it was.\n{done.stdout}")
     if done.returncode:
         lines.append(f"(exit {done.returncode})")
     return "```text\n" + "\n".join([f"$ {call}", *lines]) + "\n```\n"
