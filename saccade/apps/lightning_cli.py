@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,8 @@ class SaccadeCLI(LightningCLI):
         stored: StoredRun | None = None,
         keep_trainer: bool = False,
     ) -> None:
+        # Lightning calls functions of jsonargparse in ways that newer versions of it complain about.
+        os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
         self.stored = stored
         self.base = {} if stored is None else yaml.safe_load(stored.config)
         if not keep_trainer:
@@ -248,6 +251,9 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 class ConfigCheck(SaccadeCLI):
     """Parses a config and builds its model without memory, and no data."""
+
+    def _set_seed(self) -> None:
+        """Leave the random numbers of the process alone."""
 
     def instantiate_classes(self) -> None:
         """Build the model on the meta device, as large as the classes that the config names, or ten."""

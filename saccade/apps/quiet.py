@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +15,6 @@ __all__ = ["is_first_process", "training_screen"]
 # True, and of no use to who runs a command.
 UNWANTED = (
     ".*LeafSpec.*",  # Lightning calls a deprecated torch function
-    ".*skip_none parameter.*",  # ... and a deprecated jsonargparse parameter
-    ".*JsonargparseDeprecationWarning.*",
     ".*does not have many workers.*",
     ".*in eval mode at the start of training.*",  # frozen or averaged weights
     ".*exists and is not empty.*",  # a run that is continued
@@ -54,7 +51,6 @@ def training_screen(args: argparse.Namespace) -> Iterator[Reporter]:
         logger.setLevel(logging.WARNING)
         logger.handlers.clear()
         logger.propagate = True
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     silent = args.quiet or not is_first_process()
     root = logging.getLogger()
     with Reporter("none" if silent else args.progress, unit="batches") as reporter, warnings.catch_warnings():
