@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from importlib import util
 from pathlib import Path
@@ -98,13 +98,10 @@ def with_weights(models: list[Model]) -> list[Model]:
     import saccade.vision_backbones  # noqa: F401 - registers our own
 
     known = {model.name: model for model in models}
-    entries = []
-    for name in timm.list_pretrained():
-        model = known.get(name.partition(".")[0], Model(name))
-        entries.append(
-            Model(name, model.params, input_size(name), model.task, model.source, model.verified, model.library)
-        )
-    return entries
+    return [
+        replace(known.get(name.partition(".")[0], Model(name)), name=name, input=input_size(name))
+        for name in timm.list_pretrained()
+    ]
 
 
 def input_size(name: str) -> str:
