@@ -253,8 +253,9 @@ def explain(message: str, settings: list[Setting]) -> str:
         return message.splitlines()[0] if message else "invalid configuration"
     key = ".".join(keys)
     inner = message[message.rindex('Parser key "') :]
-    if required := re.search(r"arguments are required: (.+)", inner):
-        return f"{key}.{required[1]} is required: pass --{key}.{required[1]} VALUE."
+    if required := re.search(r'arguments are required: (.+)|Key "(.+)" is required', inner):
+        name = f"{key}.{required[1] or required[2]}"  # the second form is that of older versions
+        return f"{name} is required: pass --{name} VALUE."
     path = tuple(key.split("."))
     sources = [s.source for s in settings if tuple(part for part in s.key if part != "init_args") == path]
     wanted = [plain_type(kind) for kind in re.findall(r"Expected a (.+?)(?:\. Got value.*)?$", inner, re.MULTILINE)]
