@@ -111,13 +111,13 @@ class EpochTable(Callback):
             write_json(self.folder / "metrics.json", self.summary())
 
     def summary(self) -> dict[str, Any]:
-        """Return the best and the last epoch; there must be one."""
+        """Return the best and the last epoch."""
         return {
             "monitor": self.monitor,
-            "epochs": self.rows[-1]["epoch"],
+            "epochs": self.rows[-1]["epoch"] if self.rows else 0,
             "seconds": round(sum(row["seconds"] for row in self.rows), 1),
             "best": self.best,
-            "last": self.rows[-1],
+            "last": self.rows[-1] if self.rows else {},
         }
 
 

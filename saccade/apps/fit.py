@@ -18,7 +18,7 @@ from saccade.apps.training_options import add_screen_options, add_training_optio
 from saccade.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import Callback, Trainer
 
     from saccade.apps.callbacks import EpochTable
     from saccade.apps.lightning_cli import SaccadeCLI
@@ -79,7 +79,6 @@ def run(args: argparse.Namespace) -> int:
 
 def fit(args: argparse.Namespace, reporter: Reporter) -> int:
     """Train, and return the exit code."""
-    from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from saccade.apps.callbacks import Continuation, EpochTable, Interruption, StoredConfig
@@ -91,46 +90,49 @@ def fit(args: argparse.Namespace, reporter: Reporter) -> int:
     if stored is None and not configs:
         configs = [config_path(TASKS[args.task])]
     cli = SaccadeCLI(lightning_options(args), configs, stored=stored, keep_trainer=True)
-    changes = cli.changes()
+    refuse_changes(cli.changes(), checkpoint)
+    cli.build_trainer(Path(), [])  # what Lightning refuses should not leave a run folder behind
+    folder = prepare_folder(args.name or cli.title.rpartition("/")[2], checkpoint, cli.config_text, reporter)
+    monitor, mode = getattr(cli.model, "monitor", ("val/loss", "min"))
+    table = EpochTable(folder, reporter, monitor, mode)
+    interruption = Interruption(folder / "checkpoints" / "last.ckpt")
+    callbacks = [StoredConfig(cli.config_text), table, interruption, *keep_checkpoints(folder, monitor, mode)]
+    if checkpoint is not None:
+        callbacks.append(Continuation(folder / "checkpoints"))
+    trainer = cli.build_trainer(folder, callbacks)
+    announce(reporter, cli, trainer, folder)
+    try:
+        trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit:  # how Lightning ends after Ctrl-C
+        if not trainer.interrupted:
+            raise
+        code = INTERRUPTED
+    except SIGTERMException:
+        code = TERMINATED
+    else:
+        conclude(reporter, table, trainer, folder, as_json=args.json and trainer.is_global_zero)
+        return 0
+    saved = "checkpoints/last.ckpt saved; " if interruption.saved else ""
+    reporter.say(f"interrupted in epoch {trainer.current_epoch + 1}   {saved}go on: saccade fit --resume {folder}")
+    return code
+
+
+def keep_checkpoints(folder: Path, monitor: str, mode: str) -> list[Callback]:
+    """Return the callbacks that keep the best and the last checkpoint; the last one knows the state of the best."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    place = folder / "checkpoints"
+    keep = partial(ModelCheckpoint, dirpath=place, save_on_train_epoch_end=True, enable_version_counter=False)
+    return [keep(filename="best", monitor=monitor, mode=mode), keep(filename="last")]
+
+
+def refuse_changes(changes: list[str], checkpoint: Path | None) -> None:
+    """Raise if a continued run would have another model or optimiser than its checkpoint."""
     refused = [change for change in changes if change.split()[0] in NEW_RUN_ONLY]
     if refused:
         raise ConfigError(
             f"A continued run cannot change {'; '.join(refused)}. Start a new one with --model.weights {checkpoint}."
         )
-    cli.build_trainer(Path(), [])  # what Lightning refuses should not leave a run folder behind
-    folder = prepare_folder(args.name or cli.title.rpartition("/")[2], checkpoint, cli.config_text)
-    if folder.is_dir():
-        reporter.log = (folder / "log.txt").open("a", encoding="utf-8")
-    monitor, mode = getattr(cli.model, "monitor", ("val/loss", "min"))
-    checkpoints = folder / "checkpoints"
-    table = EpochTable(folder, reporter, monitor, mode)
-    interruption = Interruption(checkpoints / "last.ckpt")
-    every_epoch = partial(
-        ModelCheckpoint, dirpath=checkpoints, save_on_train_epoch_end=True, enable_version_counter=False
-    )
-    best, last = every_epoch(filename="best", monitor=monitor, mode=mode), every_epoch(filename="last")
-    callbacks = [StoredConfig(cli.config_text), table, interruption, best, last]
-    if checkpoint is not None:
-        callbacks.append(Continuation(checkpoints))
-    trainer = cli.build_trainer(folder, callbacks)
-    announce(reporter, cli, trainer, folder, changes)
-    try:
-        trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
-    except SystemExit as stop:  # how Lightning ends after Ctrl-C
-        if not trainer.interrupted:
-            raise
-        code = INTERRUPTED if stop.code == 1 else TERMINATED
-    except SIGTERMException:
-        code = TERMINATED
-    else:
-        if table.rows:
-            conclude(reporter, table, folder, as_json=args.json and trainer.is_global_zero)
-        else:
-            reporter.say(f"nothing left to train: {trainer.current_epoch} epochs are done; more with --epochs N")
-        return 0
-    saved = "checkpoints/last.ckpt saved; " if interruption.saved else ""
-    reporter.say(f"interrupted in epoch {trainer.current_epoch + 1}   {saved}go on: saccade fit --resume {folder}")
-    return code
 
 
 def resumed_checkpoint(args: argparse.Namespace) -> Path | None:
@@ -142,8 +144,8 @@ def resumed_checkpoint(args: argparse.Namespace) -> Path | None:
     return best_checkpoint(args.resume or latest_run(args.name), prefer="last")
 
 
-def prepare_folder(name: str, checkpoint: Path | None, config: str) -> Path:
-    """Return the run folder, with config and command in it; processes other than the first only learn its name."""
+def prepare_folder(name: str, checkpoint: Path | None, config: str, reporter: Reporter) -> Path:
+    """Return the run folder, with config, command and log in it; processes but the first only learn its name."""
     from saccade.apps.quiet import is_first_process
 
     folder = None if checkpoint is None else run_of(checkpoint)
@@ -154,21 +156,24 @@ def prepare_folder(name: str, checkpoint: Path | None, config: str) -> Path:
     (folder / "config.yaml").write_text(config, encoding="utf-8")
     with (folder / "command.txt").open("a", encoding="utf-8") as stream:
         stream.write(shlex.join(["saccade", *sys.argv[1:]]) + "\n")
+    reporter.log = (folder / "log.txt").open("a", encoding="utf-8")
     return folder
 
 
-def announce(reporter: Reporter, cli: SaccadeCLI, trainer: Trainer, folder: Path, changes: list[str]) -> None:
+def announce(reporter: Reporter, cli: SaccadeCLI, trainer: Trainer, folder: Path) -> None:
     """Say what is trained on what, where, and what differs from the checkpoint."""
     reporter.say(f"saccade {__version__}  fit  {cli.describe_model()}  {cli.describe_data('train', 'val')}")
     reporter.say(f"run  {folder}   seed {cli.config.seed_everything}   {describe_trainer(trainer)}")
-    if changes:
+    if changes := cli.changes():
         reporter.say(f"changed since the checkpoint: {'; '.join(changes)}")
 
 
-def conclude(reporter: Reporter, table: EpochTable, folder: Path, *, as_json: bool) -> None:
+def conclude(reporter: Reporter, table: EpochTable, trainer: Trainer, folder: Path, *, as_json: bool) -> None:
     """Say what came out and what to do next."""
     best = table.best
-    if best:
+    if not table.rows:
+        reporter.say(f"nothing left to train: {trainer.current_epoch} epochs are done; more with --epochs N")
+    elif best:
         score = f"best {table.monitor} {best[table.monitor]:.4g} (epoch {best['epoch']})"
         reporter.say(f"{score}   checkpoints/best.ckpt   next: saccade test {folder}")
     if as_json:

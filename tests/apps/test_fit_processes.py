@@ -48,6 +48,7 @@ def trained(place):
     assert len(runs) == 1  # both processes agree on the folder
     assert done.stderr.count("\n") == 6  # and one of them speaks: two lines, table header, two rows, footer
     assert "2 x cpu fp32" in done.stderr
+    assert (runs[0] / "log.txt").read_text() == done.stderr
     return runs[0]
 
 
