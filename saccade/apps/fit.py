@@ -103,12 +103,12 @@ def fit(args: argparse.Namespace, reporter: Reporter) -> int:
     announce(reporter, cli, trainer, folder)
     try:
         trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+    except SIGTERMException:
+        code = TERMINATED
     except SystemExit:  # how Lightning ends after Ctrl-C
         if not trainer.interrupted:
             raise
         code = INTERRUPTED
-    except SIGTERMException:
-        code = TERMINATED
     else:
         conclude(reporter, table, trainer, folder, as_json=args.json and trainer.is_global_zero)
         return 0
