@@ -185,7 +185,7 @@ def filter_state_dict(state: Mapping[str, Tensor], model: nn.Module) -> dict[str
 
     Args:
         state: Weights as published.
-        model: The model that they are meant for; it may be on the meta device.
+        model: The model that they are meant for.
 
     Raises:
         CheckpointError: If the translation finds neither the official nor the model's own names.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -276,28 +275,28 @@ def check_name(name: str) -> None:
     raise ConfigError(f"Unknown model {name!r}.{suggest(name, timm.list_models())} All names: saccade list models.")
 
 
-def outline(name: str, options: dict[str, Any]) -> nn.Module:
-    """Build a model without memory for its weights, to look at."""
-    with torch.device("meta"):
-        return create_model(name, **options)
-
-
 def size_option(name: str, img_size: int | None) -> dict[str, int]:
-    """Return ``{"img_size": ...}`` for models whose weights depend on the input size, else nothing."""
+    """Return ``{"img_size": ...}`` for a model that is built for one input size, else nothing."""
     if img_size is None:
         return {}
-    parameters = inspect.signature(type(outline(name, {})).__init__).parameters
-    return {"img_size": img_size} if "img_size" in parameters else {}
+    cfg: Any
+    if name.startswith(HUB_PREFIXES):
+        cfg = create_model(name).pretrained_cfg
+    else:
+        registered = timm.models.get_pretrained_cfg(name)
+        cfg = {} if registered is None else registered.to_dict()
+    return {"img_size": img_size} if cfg.get("fixed_input_size") else {}
 
 
 def fit_classes(name: str, options: dict[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
     """Build a model with as many classes as the state dict has."""
-    probe = outline(name, options)
-    default_cfg: Any = probe.default_cfg
+    model = create_model(name, **options)
+    default_cfg: Any = model.default_cfg
     classifier = default_cfg.get("classifier")
     first = classifier[0] if isinstance(classifier, tuple | list) else classifier
-    weight = filter_state_dict(state, probe).get(f"{first}.weight")
-    return create_model(name, num_classes=0 if weight is None else weight.shape[0], **options)
+    weight = filter_state_dict(state, model).get(f"{first}.weight")
+    classes = 0 if weight is None else weight.shape[0]
+    return model if classes == model.num_classes else create_model(name, num_classes=classes, **options)
 
 
 def published_names(model: nn.Module) -> list[str] | None:

@@ -94,6 +94,12 @@ def test_input_size_resizes_position_embeddings(tmp_path):
     assert loaded.model(randn(1, 3, 64, 64)).shape == (1, 3)
 
 
+def test_input_size_of_models_that_take_it_through_another_class(tmp_path):
+    save_file(make("deit_tiny_distilled_patch16_224").state_dict(), tmp_path / "w.safetensors")
+    source = ModelSource("deit_tiny_distilled_patch16_224", weights=tmp_path / "w.safetensors", img_size=64)
+    assert load_model(source).model(randn(1, 3, 64, 64)).shape == (1, 3)
+
+
 @pytest.mark.parametrize("name", ["convnext_atto", "deit_tiny_distilled_patch16_224", TINY])
 def test_weights_of_another_model_are_refused(tmp_path, name):
     other = make("vit_tiny_patch16_224", classes=3)
