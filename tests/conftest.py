@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as the command line does; read when torch is imported
+
 import pytest
 import torch
 

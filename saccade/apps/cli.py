@@ -104,6 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Arguments without the program name; ``None`` means ``sys.argv[1:]``.
     """
+    # Threads of OpenMP spin for milliseconds while they wait; where decoding processes or other programs want the same
+    # cores, that makes training many times slower. Read when torch is imported, which no command has done yet.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview())
