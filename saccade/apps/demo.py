@@ -25,7 +25,7 @@ __all__ = ["EXAMPLES", "add_arguments", "run"]
 
 EXAMPLES = {"demo": ["saccade demo -o demo/", "saccade demo classify -o demo/ --overwrite"]}
 TRAIN, VAL, INBOX, WIDE = range(1000), range(1000, 1200), range(1200, 1216), range(1216, 1225)
-SCENE_PX, WIDE_PX = 48, 192
+SCENE_PX, WIDE_PX, ZOOM = 48, 80, 4
 MARKER = "made-by-saccade-demo.txt"
 
 
@@ -72,7 +72,7 @@ def classify_demo() -> None:
     scenes.write(Path("scenes/train"), TRAIN, SCENE_PX, by_class=True)
     scenes.write(Path("scenes/val"), VAL, SCENE_PX, by_class=True)
     scenes.write(Path("inbox"), INBOX, SCENE_PX, by_class=False)
-    scenes.write(Path("wide"), WIDE, WIDE_PX, by_class=False)
+    scenes.write(Path("wide"), WIDE, WIDE_PX, by_class=False, zoom=ZOOM)
     broken = next(Path("inbox").iterdir()).read_bytes()
     Path("inbox/broken.png").write_bytes(broken[: len(broken) // 2])
     Path("inbox/empty.jpg").touch()
