@@ -120,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = [c.name for c in COMMANDS]
         print(f"saccade: unknown command {name!r}.{suggest(name, known)} All commands: saccade --help", file=sys.stderr)
         return 2
+    outer, sys.argv = sys.argv, [sys.argv[0], *arguments]  # what runs record as their command
     show_traceback = "-vv" in rest or os.environ.get("SACCADE_TRACEBACK", "") not in ("", "0")
     try:
         return dispatch(command, rest)
@@ -140,6 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = f": {error.filename}" if error.filename is not None else ""
         print(f"saccade {name}: {error.strerror}{place}", file=sys.stderr)
         return 1
+    finally:
+        sys.argv = outer
 
 
 def dispatch(command: Command, arguments: list[str]) -> int:

@@ -70,7 +70,7 @@ def test_run_folder_holds_everything(trained, place):
     }
     assert (place / "runs/tiny/latest").read_text().strip() == trained.name
     assert config_of(trained)["trainer"]["max_epochs"] == 2
-    assert (trained / "command.txt").read_text().startswith("saccade ")
+    assert (trained / "command.txt").read_text().startswith("saccade fit ")
 
 
 def test_metrics_files_agree(trained):
