@@ -220,6 +220,8 @@ class SaccadeCLI(LightningCLI):
     def changes(self) -> list[str]:
         """Return what differs from the checkpoint's config, as ``"model.lr 0.1 -> 0.2"``."""
         now = flat(yaml.safe_load(self.config_text))
+        if self.stored is not None and now.get("data.class_names") == self.stored.class_names:
+            now.pop("data.class_names", None)  # taken from the checkpoint, so nobody changed it
         return [f"{key} {old} -> {now[key]}" for key, old in flat(self.base).items() if key in now and now[key] != old]
 
 
