@@ -39,7 +39,8 @@ def read_image(path: str | Path) -> Image.Image:
             warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
             with Image.open(file) as image:
                 image.load()
-                return to_rgb(ImageOps.exif_transpose(image))
+                ImageOps.exif_transpose(image, in_place=True)
+                return to_rgb(image)
     except FileNotFoundError as error:
         raise DataError("the file does not exist", reason="missing_file") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

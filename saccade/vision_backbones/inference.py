@@ -120,7 +120,7 @@ def image_batches(
     std = torch.tensor(data_config["std"], device=device).view(1, -1, 1, 1) * 255
     last = time.monotonic()
     for indices, errors, images in loader:
-        normalised = (images.to(device, non_blocking=True).float() - mean) / std
+        normalised = images.to(device, non_blocking=True).float().sub_(mean).div_(std)
         now = time.monotonic()
         yield Batch(indices, errors, normalised, (now - last) / len(indices))
         last = now

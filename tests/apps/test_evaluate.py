@@ -47,6 +47,7 @@ def test_test_prints_tables_and_writes_files(saccade, trained):
     assert metrics[0].split() == ["metric", "value"]
     assert [line.split()[0] for line in metrics[1:]] == ["test/loss", "test/acc", "test/f1"]
     assert [line.split()[0] for line in classes] == ["class", *COLOURS]
+    assert "changed since" not in err
     assert err.splitlines()[0].startswith("saccade 0.1.0  test  ImageClassifier/test_resnet (0.4 M)  photos: 12 test")
     written = json.loads((trained / "test" / "metrics.json").read_text())["metrics"]
     assert f"{written['test/acc']:.4f}" == metrics[2].split()[1]
