@@ -16,9 +16,11 @@ from tests.helpers import run_cli
 WITHOUT = """
 import sys
 
+blocked = sys.argv[1].split(",")
+
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in sys.argv[1].split(","):
+        if name.partition(".")[0] in blocked:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Blocker())
