@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from saccade.apps.measure import machine, measure_alternating
 from saccade.apps.options import comma_list
@@ -143,17 +143,19 @@ def attention_rows(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def operator_rows(
-    operator: Operator, tensors: tuple[Tensor, ...], asked: list[str], common: Row, repeats: int
+    operator: Operator, arguments: tuple[Any, ...], asked: list[str], common: Row, repeats: int
 ) -> Iterator[Row]:
-    """Yield the rows of one operator on one problem: of the backends asked for, or of all it has."""
+    """Yield the rows of one operator on one problem: of the backends asked for, or of all that ``auto`` may take."""
     from saccade.attention import Decision, explain
 
     backward = common["mode"] == "fwdbwd"
-    tensors = tuple(t.requires_grad_(backward and t.is_floating_point()) for t in tensors)
-    has = {row.backend: Decision(row.ok, row.reason) for row in explain(operator.function, *tensors).rows}
-    decisions = {name: has.get(name, Decision(False, f"{operator.name} has no such backend")) for name in asked or has}
-    functions = {name: step(operator, tensors, name, backward) for name, decision in decisions.items() if decision.ok}
-    wide = tuple(t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in tensors)
+    for argument in filter(is_floating, arguments):
+        argument.requires_grad_(backward)
+    has = {row.backend: Decision(*row[1:]) for row in explain(operator.function, *arguments).rows}
+    names = asked or [name for name, decision in has.items() if decision.automatic]
+    decisions = {name: has.get(name, Decision(False, f"{operator.name} has no such backend")) for name in names}
+    functions = {name: step(operator, arguments, name, backward) for name, decision in decisions.items() if decision.ok}
+    wide = tuple(a.detach().double().requires_grad_(backward) if is_floating(a) else a for a in arguments)
     expected = step(operator, wide, "reference", backward)()
     timings = measure_alternating(functions, repeats=repeats)
     allowed = TOLERANCE[str(common["dtype"])]
@@ -176,16 +178,23 @@ def largest(tensor: Tensor) -> float:
     return float(tensor.detach().abs().max()) if tensor.numel() else 0.0
 
 
-def step(operator: Operator, tensors: tuple[Tensor, ...], backend: str, backward: bool) -> Callable[[], list[Tensor]]:
+def is_floating(argument: object) -> bool:
+    """Return whether an argument is a floating-point tensor."""
+    import torch
+
+    return isinstance(argument, torch.Tensor) and argument.is_floating_point()
+
+
+def step(operator: Operator, arguments: tuple[Any, ...], backend: str, backward: bool) -> Callable[[], list[Tensor]]:
     """Return a call of the operator that gives its outputs, and the gradients of all inputs if asked for."""
     import torch
 
     def call() -> list[Tensor]:
-        result = operator.function(*tensors, backend=backend)
-        outputs = [result] if isinstance(result, torch.Tensor) else list(result)
+        result = operator.function(*arguments, backend=backend)
+        outputs = [result] if isinstance(result, torch.Tensor) else [output for output in result if output is not None]
         if not backward:
             return outputs
-        inputs = [tensor for tensor in tensors if tensor.requires_grad]
+        inputs = [argument for argument in arguments if is_floating(argument)]
         grads = torch.autograd.grad(outputs, inputs, [torch.ones_like(output) for output in outputs])
         return [output.detach() for output in outputs] + list(grads)
 

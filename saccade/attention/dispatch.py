@@ -25,10 +25,11 @@ VARIABLE = "SACCADE_ATTENTION_BACKEND"
 
 
 class Decision(NamedTuple):
-    """Whether a backend can run a call, and why (or how)."""
+    """Whether a backend can run a call, why (or how), and whether ``"auto"`` may take it."""
 
     ok: bool
     reason: str
+    automatic: bool = True
 
 
 @dataclass(frozen=True)
@@ -62,32 +63,32 @@ class Operator:
     summary: str
     backends: tuple[Backend, ...]
     describe: Callable[..., Any]
-    example: Callable[[tuple[int, int, int, int], torch.dtype, str, int], tuple[Tensor, ...]]
+    example: Callable[[tuple[int, int, int, int], torch.dtype, str, int], tuple[Any, ...]]
 
     @property
     def name(self) -> str:
         """The public function's name."""
         return self.function.__name__
 
-    def call(self, tensors: tuple[Tensor, ...], options: dict[str, Any], backend: str) -> Any:  # noqa: ANN401
+    def call(self, positional: tuple[Any, ...], options: dict[str, Any], backend: str) -> Any:  # noqa: ANN401
         """Check the arguments, choose a backend and run it; what a public function does.
 
         Args:
-            tensors: Its positional arguments.
+            positional: Its positional arguments; the first is a tensor.
             options: Its keyword arguments but ``backend``, in the order of its signature.
             backend: Its argument of that name.
         """
-        arguments = (*tensors, *options.values())
+        arguments = (*positional, *options.values())
         if has_torch_function(arguments):  # torch.fx records the public function as one node
-            return handle_torch_function(self.function, arguments, *tensors, **options, backend=backend)
-        device = tensors[0].device.type
+            return handle_torch_function(self.function, arguments, *positional, **options, backend=backend)
+        device = positional[0].device.type
         # Under autocast inputs are lowered as for SDPA, and what happens inside keeps the precision it asks for.
         if device != "meta" and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-            lowered = tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+            lowered = tuple(lower(argument, dtype) for argument in positional)
             with torch.autocast(device, enabled=False):
                 return self.call(lowered, options, backend)
-        return self.choose(self.describe(*tensors, **options), backend).run(*arguments)
+        return self.choose(self.describe(*positional, **options), backend).run(*arguments)
 
     def choose(self, problem: Any, backend: str) -> Backend:  # noqa: ANN401 (each operator has its own problem)
         """Return the backend that runs this problem.
@@ -101,7 +102,8 @@ class Operator:
         """
         name, origin = requested(backend)
         if name == "auto":
-            return next(candidate for candidate in self.backends if candidate.can_run(problem).ok)
+            decisions = ((candidate, candidate.can_run(problem)) for candidate in self.backends)
+            return next(candidate for candidate, decision in decisions if decision.ok and decision.automatic)
         names = [candidate.name for candidate in self.backends]
         if name not in names:
             raise BackendError(
@@ -129,6 +131,7 @@ class Row(NamedTuple):
     backend: str
     ok: bool
     reason: str
+    automatic: bool = True
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,12 @@ class Explanation:
         if self.chosen is None:
             lines.append(f"   {self.requested!r} was asked for and cannot run this call")
         return "\n".join(lines)
+
+
+def lower(argument: Any, dtype: torch.dtype) -> Any:  # noqa: ANN401 (an argument of any operator)
+    """Return a floating-point tensor below float64 in ``dtype``, anything else as it is."""
+    is_lowered = isinstance(argument, Tensor) and argument.is_floating_point() and argument.dtype != torch.float64
+    return argument.to(dtype) if is_lowered else argument
 
 
 registry: dict[str, Operator] = {}
@@ -213,12 +222,12 @@ def use_backend(name: str) -> Iterator[None]:
         override = previous
 
 
-def explain(function: Callable[..., Any], /, *args: Tensor, backend: str = "auto", **options: Any) -> Explanation:  # noqa: ANN401
+def explain(function: Callable[..., Any], /, *args: Any, backend: str = "auto", **options: Any) -> Explanation:  # noqa: ANN401
     """Say which backend would run ``function(*args, **options)``, and what speaks against the others.
 
     Args:
         function: A public operator, e.g. ``saccade.attention.attention``.
-        args: Its tensors.
+        args: Its positional arguments.
         backend: As in the call.
         options: Its other keyword arguments.
 
@@ -234,5 +243,5 @@ def explain(function: Callable[..., Any], /, *args: Tensor, backend: str = "auto
     problem = operator.describe(*args, **options)
     rows = tuple(Row(candidate.name, *candidate.can_run(problem)) for candidate in operator.backends)
     name, _ = requested(backend)
-    usable = [row.backend for row in rows if row.ok and name in ("auto", row.backend)]
+    usable = [row.backend for row in rows if row.ok and (row.automatic if name == "auto" else row.backend == name)]
     return Explanation(operator.name, str(problem), usable[0] if usable else None, name, rows)

@@ -1,0 +1,48 @@
+"""Every shipped kernel compiles ahead of time for sm_80 and sm_90, within shared memory and its stated spills."""
+
+import importlib.util
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import saccade.attention.kernels as kernels
+from tests.conftest import REPOSITORY
+
+FILES = [module.name for module in pkgutil.iter_modules(kernels.__path__) if module.name != "runtime"]
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one block may have
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("name", FILES)
+def test_builds(name, tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.attention.aot", name],
+        cwd=REPOSITORY,
+        env={**environment, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["sm"] for row in rows} == {80, 90}
+    for row in rows:
+        assert row["shared"] <= SHARED_LIMIT[row["sm"]], row
+        assert row["spill_bytes"] <= row["allowed"], row
+
+
+def test_every_kernel_is_built():
+    """A kernel that no build names would never be compiled before a user's first call."""
+    for name in FILES:
+        text = (Path(kernels.__path__[0]) / f"{name}.py").read_text(encoding="utf-8")
+        defined = [line for line in text.split("@triton.jit\n")[1:]]
+        launched = [part.partition("def ")[2].partition("(")[0] for part in defined]
+        builds = text.partition("\nBUILDS")[2]
+        missing = [kernel for kernel in launched if kernel.endswith("_kernel") and kernel not in builds]
+        assert not missing, f"{name}: no build of {missing}"
