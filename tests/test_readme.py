@@ -53,5 +53,5 @@ def test_terminal_session(tmp_path):
     report = (tmp_path / "demo/report.html").read_text(encoding="utf-8")
     for picture in re.findall(r'<img[^>]* src="([^"]+)"', report):
         assert (tmp_path / "demo" / picture).exists(), picture
-    accuracy = float(re.search(r"not seen in training: ([\d.]+)", report)[1])
+    accuracy = float(re.search(r"not seen in training: (\d\.\d+)", report)[1])
     assert accuracy > 0.7
