@@ -1,5 +1,6 @@
 """The attention core: operators that every system of this package is composed of. Imports torch alone."""
 
+from saccade.attention.context_mixing import context_mixing
 from saccade.attention.dispatch import Decision, Explanation, Operator, explain, operators, use_backend
 from saccade.attention.merge import AttentionLSE, merge_partials
 from saccade.attention.softmax import attention, attention_lse
@@ -11,6 +12,7 @@ __all__ = [
     "Operator",
     "attention",
     "attention_lse",
+    "context_mixing",
     "explain",
     "merge_partials",
     "operators",

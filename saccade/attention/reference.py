@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saccade.attention.merge import AttentionLSE
 
-__all__ = ["attention", "attention_lse"]
+__all__ = ["attention", "attention_lse", "context_mixing"]
 
 
 def attention(
@@ -51,6 +51,63 @@ def attention_lse(
     """
     weights, lse = softmax_weights(query, key, mask, bias, causal, scale)
     return AttentionLSE((weights @ per_query_head(value, query)).to(query.dtype), lse)
+
+
+def context_mixing(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    projection: Tensor,
+    projection_bias: Tensor,
+    small_table: Tensor,
+    large_table: Tensor,
+    scale: float | None = None,
+) -> Tensor:
+    """Make and apply both kernels of every position; arguments as :func:`saccade.attention.context_mixing`.
+
+    Returns:
+        ``(B, 2 G d, H, W)``, dtype of ``value``.
+    """
+    groups = small_table.shape[0]
+    if scale is None:
+        scale = float(value.shape[1] // groups) ** -0.5
+    centers = key.to(wide(key)).flatten(2).unflatten(1, [groups, -1])  # (B, G, c, R)
+    positions = query.to(wide(query)).flatten(2).unflatten(1, [groups, -1]).transpose(2, 3)  # (B, G, N, c)
+    logits = scale * positions @ centers @ projection.to(wide(query)).t() + projection_bias.to(wide(query))
+    height, width = query.shape[2], query.shape[3]
+    split = ((small_table.shape[1] + 1) // 2) ** 2
+    small = window_sum(logits[..., :split], small_table, value[:, : value.shape[1] // 2], height, width)
+    large = window_sum(logits[..., split:], large_table, value[:, value.shape[1] // 2 :], height, width)
+    return torch.cat([small, large], 1).to(value.dtype)
+
+
+def window_sum(logits: Tensor, table: Tensor, value: Tensor, height: int, width: int) -> Tensor:
+    """Return ``sum_t softmax(logits + bias)[n, t] value[neighbour t of n]``, ``(B, G d, H, W)``.
+
+    Args:
+        logits: ``(B, G, H W, K K)``.
+        table: Bias by relative position, ``(G, 2 K - 1, 2 K - 1)``.
+        value: ``(B, G d, H, W)``.
+        height: H.
+        width: W.
+    """
+    groups, kernel = table.shape[0], (table.shape[1] + 1) // 2
+    rows = neighbours(height, kernel, value.device)[:, None, :, None]  # (H, 1, K, 1)
+    columns = neighbours(width, kernel, value.device)[None, :, None, :]  # (1, W, 1, K)
+    relative_row = rows - torch.arange(height, device=value.device)[:, None, None, None] + kernel - 1
+    relative_column = columns - torch.arange(width, device=value.device)[None, :, None, None] + kernel - 1
+    bias = table.to(logits.dtype)[:, relative_row, relative_column].flatten(3).flatten(1, 2)  # (G, N, K K)
+    weights = torch.softmax(logits + bias, -1).unsqueeze(2)  # (B, G, 1, N, K K)
+    windows = value.to(logits.dtype)[:, :, rows, columns].flatten(4).flatten(2, 3)  # (B, G d, N, K K)
+    mixed = (weights * windows.unflatten(1, [groups, -1])).sum(-1)  # (B, G, d, N)
+    out: Tensor = mixed.flatten(1, 2).unflatten(2, [height, width])
+    return out
+
+
+def neighbours(length: int, kernel: int, device: torch.device) -> Tensor:
+    """Return the neighbours of each position along one side, the window shifted to lie inside: ``(L, K)``."""
+    start = (torch.arange(length, device=device) - kernel // 2).clamp(0, length - kernel)
+    return start[:, None] + torch.arange(kernel, device=device)
 
 
 def softmax_weights(

@@ -1,0 +1,43 @@
+"""Forms that the attention operators are measured against: what a model would do without them."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def unfolded_context_mixing(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    projection: Tensor,
+    projection_bias: Tensor,
+    small_table: Tensor,
+    large_table: Tensor,
+) -> Tensor:
+    """Mix as the official fallback does: full logits, full bias, values unfolded; arguments as ``context_mixing``."""
+    batch, _, height, width = query.shape
+    groups = small_table.shape[0]
+    query = query.unflatten(1, (groups, -1)).flatten(3) * (value.shape[1] // groups) ** -0.5
+    affinity = torch.einsum("bgcn,bgcl->bgnl", query, key.unflatten(1, (groups, -1)).flatten(3))
+    logits = F.linear(affinity, projection, projection_bias)  # (B, G, N, S S + K K)
+    halves = []
+    start = 0
+    for table, half in zip((small_table, large_table), value.chunk(2, 1), strict=True):
+        kernel = (table.shape[1] + 1) // 2
+        rows, columns = (relative_positions(length, kernel) for length in (height, width))
+        bias = table[:, rows[:, None, :, None], columns[None, :, None, :]].flatten(3).flatten(1, 2)  # (G, N, K K)
+        weights = torch.softmax(logits[..., start : start + kernel**2] + bias, -1)
+        weights = weights.transpose(2, 3).reshape(batch, groups, 1, kernel**2, height, width)
+        windows = F.unfold(half, kernel).unflatten(2, (height - kernel + 1, width - kernel + 1))
+        windows = F.pad(windows, [kernel // 2] * 4, mode="replicate")  # the window at the border is shifted inside
+        windows = windows.view(batch, groups, -1, kernel**2, height, width)
+        halves.append((windows * weights).sum(3).flatten(1, 2))
+        start += kernel**2
+    return torch.cat(halves, 1)
+
+
+def relative_positions(length: int, kernel: int) -> Tensor:
+    """Return the row of the bias table of each tap at each position along one side, ``(length, kernel)``."""
+    position = torch.arange(length)
+    start = (position - kernel // 2).clamp(0, length - kernel)
+    return start[:, None] + torch.arange(kernel) - position[:, None] + kernel - 1
