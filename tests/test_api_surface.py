@@ -11,9 +11,10 @@ import saccade
 
 INVENTORY = Path(__file__).with_name("api_surface.json")
 MODULES = sorted(info.name for info in pkgutil.walk_packages(saccade.__path__, "saccade."))
+INTERNAL = ("saccade.apps", "saccade.attention.kernels")
 PUBLIC = [
     "saccade",
-    *(name for name in MODULES if importlib.util.find_spec(name).submodule_search_locations and name != "saccade.apps"),
+    *(name for name in MODULES if importlib.util.find_spec(name).submodule_search_locations and name not in INTERNAL),
     "saccade.checkpoints",
     "saccade.errors",
 ]

@@ -8,6 +8,7 @@ less, and are cheap enough to be computed again in the backward pass instead of 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from saccade.attention import reference
 from saccade.attention.dispatch import Backend, Decision, Operator, register
-from saccade.attention.windows import Windows
+from saccade.attention.windows import TileRow, Windows
 from saccade.errors import ShapeError
 
 __all__ = ["context_mixing"]
@@ -195,8 +196,9 @@ def tap_kernels(
     if scale is None:
         scale = (value_channels // groups) ** -0.5
     wide = reference.wide(query)
-    centers = key.to(wide).reshape(key.shape[0], groups, -1, key.shape[2] * key.shape[3])  # (B, G, c, R)
-    return scale * (projection.to(wide) @ centers.transpose(2, 3))
+    centers = key.to(wide).flatten(2).unflatten(1, (groups, -1))  # (B, G, c, R)
+    kernels: Tensor = scale * (projection.to(wide) @ centers.transpose(2, 3))
+    return kernels
 
 
 def window_biases(table: Tensor, projection_bias: Tensor) -> Tensor:
@@ -234,6 +236,14 @@ def tiled_context_mixing(
     return out.flatten(1, 3)
 
 
+def blocks(query: Tensor, biases: Tensor) -> Iterator[tuple[TileRow, int, slice]]:
+    """Yield row of tiles, sample and groups of each block of work on query ``(B, G, c, H, W)``."""
+    for tiles in Windows(biases.shape[-1], query.shape[3], query.shape[4], query.device).tile_rows():
+        for sample in range(query.shape[0]):
+            for groups in tiles.chunks(query.shape[1]):
+                yield tiles, sample, groups
+
+
 @torch.library.custom_op("saccade::mix_tiles", mutates_args=())
 def mix_tiles(
     query: Tensor,
@@ -258,14 +268,12 @@ def mix_tiles(
     """
     out = torch.empty_like(value, memory_format=torch.contiguous_format)
     for half, (kernels, biases) in enumerate(((small_kernels, small_biases), (large_kernels, large_biases))):
-        windows = Windows(biases, *query.shape[-2:])
-        for sample, groups, row in windows.blocks(*query.shape[:2]):
+        for tiles, sample, groups in blocks(query, biases):
             part = kernels[sample, groups]
-            queries = windows.cut(query[sample, groups], row).to(part.dtype).flatten(2)
-            wide = windows.spread(windows.weights(queries, part, biases[groups], row), row)
-            covered = windows.cover(value[sample, half, groups], row).to(part.dtype)
-            mixed = torch.bmm(covered, wide.transpose(1, 2)).unflatten(0, (-1, windows.columns.count)).transpose(1, 2)
-            windows.paste(mixed.unflatten(3, (windows.rows.size, -1)), out[sample, half, groups], row)
+            queries = tiles.cut(query[sample, groups]).to(part.dtype).flatten(2)
+            wide = tiles.spread(tiles.weights(queries, part, biases[groups]))
+            covered = tiles.cover(value[sample, half, groups]).to(part.dtype)
+            tiles.paste(tiles.unite(torch.bmm(covered, wide.transpose(1, 2))), out[sample, half, groups])
     return out
 
 
@@ -303,23 +311,19 @@ def mix_tiles_backward(
     for half, (kernels, biases) in enumerate(((small_kernels, small_biases), (large_kernels, large_biases))):
         grad_kernels = torch.zeros_like(kernels, memory_format=torch.contiguous_format)
         grad_biases = torch.zeros_like(biases, memory_format=torch.contiguous_format)
-        windows = Windows(biases, *query.shape[-2:])
-        for sample, groups, row in windows.blocks(*query.shape[:2]):
+        for tiles, sample, groups in blocks(query, biases):
             part = kernels[sample, groups]
-            queries = windows.cut(query[sample, groups], row).to(part.dtype).flatten(2)
-            weights = windows.weights(queries, part, biases[groups], row)
-            covered = windows.cover(value[sample, half, groups], row).to(part.dtype)
-            grad = windows.cut(grad_out[sample, half, groups], row).to(part.dtype)
-            grad = grad.transpose(1, 2).flatten(0, 1).flatten(2)  # (n * tiles, d, positions)
-            grad_covered = torch.bmm(grad, windows.spread(weights, row))
-            windows.add_cover(grad_covered, grad_value[sample, half, groups], row)
-            grad_weights = windows.collect(torch.bmm(grad.transpose(1, 2), covered), row)
+            queries = tiles.cut(query[sample, groups]).to(part.dtype).flatten(2)
+            weights = tiles.weights(queries, part, biases[groups])
+            covered = tiles.cover(value[sample, half, groups]).to(part.dtype)
+            grad = tiles.separate(tiles.cut(grad_out[sample, half, groups]).to(part.dtype))
+            tiles.add_cover(torch.bmm(grad, tiles.spread(weights)), grad_value[sample, half, groups])
+            grad_weights = tiles.collect(torch.bmm(grad.transpose(1, 2), covered))
             grad_logits = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True))
             grad_queries = torch.bmm(part.transpose(1, 2), grad_logits.transpose(1, 2))
-            tiles = grad_queries.unflatten(2, (windows.columns.count, windows.rows.size, -1))
-            windows.paste(tiles, grad_query[sample, groups], row, add=True)
+            tiles.paste(grad_queries.view(tiles.cut(query[sample, groups]).shape), grad_query[sample, groups], add=True)
             grad_kernels[sample, groups].baddbmm_(grad_logits.transpose(1, 2), queries.transpose(1, 2))
-            windows.add_biases(grad_logits, grad_biases[groups], row)
+            tiles.add_biases(grad_logits, grad_biases[groups])
         grads += [grad_kernels, grad_biases]
     return grad_query.to(query.dtype), grads[0], grads[2], grads[1], grads[3], grad_value.to(value.dtype)
 

@@ -75,7 +75,8 @@ def context_mixing(
     positions = query.to(wide(query)).flatten(2).unflatten(1, [groups, -1]).transpose(2, 3)  # (B, G, N, c)
     logits = scale * positions @ centers @ projection.to(wide(query)).t() + projection_bias.to(wide(query))
     height, width = query.shape[2], query.shape[3]
-    split = ((small_table.shape[1] + 1) // 2) ** 2
+    small_kernel = (small_table.shape[1] + 1) // 2
+    split = small_kernel * small_kernel  # a power is a float in TorchScript
     small = window_sum(logits[..., :split], small_table, value[:, : value.shape[1] // 2], height, width)
     large = window_sum(logits[..., split:], large_table, value[:, value.shape[1] // 2 :], height, width)
     return torch.cat([small, large], 1).to(value.dtype)

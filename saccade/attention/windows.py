@@ -22,6 +22,10 @@ BLOCK = 1 << 19  # weights held at a time: 2 MiB in float32, so that a block sta
 class Axis:
     """Tiles along one side of a map, and the windows of the positions in them.
 
+    A window is of kind ``k`` if its position is its tap ``K - 1 - k``: ``K // 2`` in the middle of the map.
+
+    A window is of kind ``k`` if its position is its tap ``K - 1 - k``: ``K // 2`` in the middle of the map.
+
     Args:
         length: Positions along the side, at least ``kernel``.
         kernel: Taps of a window.
@@ -33,7 +37,7 @@ class Axis:
         span: Values that the windows of a tile cover.
         first: First covered value of each tile.
         offset: Where the window of each position begins in what its tile covers, ``(count, size)``.
-        kind: Kind of each position's window (see :func:`window_biases`), ``(count, size)``.
+        kind: Kind of each position's window, ``(count, size)``.
     """
 
     def __init__(self, length: int, kernel: int, device: torch.device) -> None:
@@ -49,104 +53,115 @@ class Axis:
 
 
 class Windows:
-    """One kernel size on a map, walked by rows of tiles; every method takes some groups ``n`` of one sample.
+    """One kernel size on a map.
 
     Args:
-        biases: ``(G, K, K, K, K)``, see :func:`window_biases`.
-        height: H.
-        width: W.
+        kernel: K, taps along either side of a window.
+        height: H, at least K.
+        width: W, at least K.
+        device: Where the indices are needed.
     """
 
-    def __init__(self, biases: Tensor, height: int, width: int) -> None:
-        self.taps = biases.shape[-1] ** 2
-        self.rows = Axis(height, biases.shape[-1], biases.device)
-        self.columns = Axis(width, biases.shape[-1], biases.device)
-        tap = torch.arange(biases.shape[-1], device=biases.device)
+    def __init__(self, kernel: int, height: int, width: int, device: torch.device) -> None:
+        self.kernel = kernel
+        self.rows, self.columns = Axis(height, kernel, device), Axis(width, kernel, device)
+        tap = torch.arange(kernel, device=device)
         self.tap_offset = (tap[:, None] * self.columns.span + tap).flatten()
-        self.positions = self.rows.size * self.columns.size  # of a tile
         self.covered = self.rows.span * self.columns.span
 
-    def blocks(self, batch: int, groups: int) -> Iterator[tuple[int, slice, int]]:
-        """Yield sample, groups and row of tiles of each block."""
-        weights = self.columns.count * self.positions * (self.taps + self.covered)
-        step = max(1, BLOCK // weights)
-        for sample in range(batch):
-            for group in range(0, groups, step):
-                for row in range(self.rows.count):
-                    yield sample, slice(group, group + step), row
+    def tile_rows(self) -> Iterator[TileRow]:
+        """Yield the rows of tiles, from the top of the map."""
+        return (TileRow(self, row) for row in range(self.rows.count))
 
-    def cut(self, image: Tensor, row: int) -> Tensor:
-        """Cut ``(n, c, H, W)`` into the tiles of a row, ``(n, c, tiles, rows, columns)``, zero beyond the map."""
-        rows = image[:, :, row * self.rows.size : (row + 1) * self.rows.size]
-        missing = [self.columns.count * self.columns.size - rows.shape[3], self.rows.size - rows.shape[2]]
+
+class TileRow:
+    """One row of tiles; every method takes some maps ``n`` at once.
+
+    Attributes:
+        index: Where each tap of each position lies in what its tile covers, ``(tiles, positions, taps)``.
+        kinds: Kind of window of each row of positions; only one away from the border, where all are equal.
+    """
+
+    def __init__(self, windows: Windows, row: int) -> None:
+        rows, columns = windows.rows, windows.columns
+        self.windows, self.size, self.span, self.columns = windows, rows.size, rows.span, columns
+        self.top, self.first = row * rows.size, rows.first[row]
+        start = rows.offset[row][:, None] * columns.span + columns.offset[:, None]
+        self.index = start.flatten(1).unsqueeze(-1) + windows.tap_offset
+        kinds = rows.kind[row]
+        self.kinds = kinds[:1] if bool((kinds == kinds[0]).all()) else kinds
+
+    def chunks(self, groups: int) -> Iterator[slice]:
+        """Yield slices of groups whose weights fit in a block."""
+        step = max(1, BLOCK // (self.index.numel() + self.index[..., 0].numel() * self.windows.covered))
+        return (slice(first, first + step) for first in range(0, groups, step))
+
+    def cut(self, image: Tensor) -> Tensor:
+        """Cut the tiles out of ``(n, c, H, W)``: ``(n, c, tiles, rows, columns)``, zero beyond the map."""
+        rows = image[:, :, self.top : self.top + self.size]
+        missing = [self.columns.count * self.columns.size - rows.shape[3], self.size - rows.shape[2]]
         if any(missing):
             rows = F.pad(rows, [0, missing[0], 0, missing[1]])
         tiles: Tensor = rows.unflatten(3, (self.columns.count, self.columns.size))
         return tiles.transpose(2, 3)
 
-    def paste(self, tiles: Tensor, image: Tensor, row: int, *, add: bool = False) -> None:
+    def paste(self, tiles: Tensor, image: Tensor, *, add: bool = False) -> None:
         """Write tiles ``(n, c, tiles, rows, columns)`` back into ``(n, c, H, W)``, or add them."""
-        target = image[:, :, row * self.rows.size : (row + 1) * self.rows.size]
+        target = image[:, :, self.top : self.top + self.size]
         source = tiles.transpose(2, 3).flatten(3)[:, :, : target.shape[2], : target.shape[3]]
         _ = target.add_(source) if add else target.copy_(source)
 
-    def cover(self, image: Tensor, row: int) -> Tensor:
-        """Return what the windows of each tile of a row cover, ``(n * tiles, d, covered)``."""
-        rows = image[:, :, self.rows.first[row] : self.rows.first[row] + self.rows.span]
+    def separate(self, tiles: Tensor) -> Tensor:
+        """Make each of the tiles ``(n, c, tiles, rows, columns)`` a matrix, ``(n * tiles, c, positions)``."""
+        return tiles.transpose(1, 2).flatten(0, 1).flatten(2)
+
+    def unite(self, matrices: Tensor) -> Tensor:
+        """Undo :meth:`separate`."""
+        tiles: Tensor = matrices.unflatten(0, (-1, self.columns.count)).unflatten(3, (self.size, -1))
+        return tiles.transpose(1, 2)
+
+    def cover(self, image: Tensor) -> Tensor:
+        """Return the values that the windows of each tile cover, ``(n * tiles, d, covered)``."""
+        rows = image[:, :, self.first : self.first + self.span]
         tiles = [rows[..., first : first + self.columns.span] for first in self.columns.first]
         return torch.stack(tiles, 1).flatten(0, 1).flatten(2)
 
-    def add_cover(self, tiles: Tensor, image: Tensor, row: int) -> None:
+    def add_cover(self, tiles: Tensor, image: Tensor) -> None:
         """Add to a map what belongs to the covered values, tile by tile: the transpose of :meth:`cover`."""
-        tiles = tiles.unflatten(0, (-1, self.columns.count)).unflatten(3, (self.rows.span, -1))
-        rows = image[:, :, self.rows.first[row] : self.rows.first[row] + self.rows.span]
+        tiles = tiles.unflatten(0, (-1, self.columns.count)).unflatten(3, (self.span, -1))
+        rows = image[:, :, self.first : self.first + self.span]
         for i, first in enumerate(self.columns.first):
             rows[..., first : first + self.columns.span] += tiles[:, i]
 
-    def index(self, row: int) -> Tensor:
-        """Return where each tap of each position lies in what its tile covers, ``(tiles, positions, taps)``."""
-        start = self.rows.offset[row][:, None] * self.columns.span + self.columns.offset[:, None]
-        return start.flatten(1).unsqueeze(-1) + self.tap_offset
-
-    def weights(self, queries: Tensor, kernels: Tensor, biases: Tensor, row: int) -> Tensor:
-        """Return the kernels of the positions of a row of tiles, ``(n, tiles * positions, taps)``.
+    def weights(self, queries: Tensor, kernels: Tensor, biases: Tensor) -> Tensor:
+        """Return the softmax over the taps of ``queries . kernels + biases``, ``(n, tiles * positions, taps)``.
 
         Args:
             queries: ``(n, c, tiles * positions)``.
             kernels: ``(n, taps, c)``.
-            biases: ``(n, K, K, K, K)``.
-            row: Which row of tiles.
+            biases: By kind of window, ``(n, K, K, K, K)``.
         """
         logits = torch.bmm(queries.transpose(1, 2), kernels.transpose(1, 2))
-        kinds = self.row_kinds(row)
-        bias = biases[:, kinds][:, :, self.columns.kind].flatten(4).transpose(1, 2)  # (n, tiles, rows, columns, taps)
-        logits.unflatten(1, (self.columns.count, self.rows.size, -1)).add_(bias)
+        bias = biases[:, self.kinds][:, :, self.columns.kind].flatten(4).transpose(1, 2)
+        logits.unflatten(1, (self.columns.count, self.size, -1)).add_(bias)  # (n, tiles, rows, columns, taps)
         return torch.softmax(logits, -1)
 
-    def row_kinds(self, row: int) -> Tensor:
-        """Return the kinds of window of the rows in a row of tiles; one away from the border, where all are equal."""
-        kinds = self.rows.kind[row]
-        return kinds[:1] if bool((kinds == kinds[0]).all()) else kinds
-
-    def spread(self, weights: Tensor, row: int) -> Tensor:
-        """Put each kernel where its window lies in what the tile covers: ``(n * tiles, positions, covered)``."""
+    def spread(self, weights: Tensor) -> Tensor:
+        """Put the weights of each position where its window lies: ``(n * tiles, positions, covered)``."""
         weights = weights.unflatten(1, (self.columns.count, -1))
-        index = self.index(row).expand(weights.shape)
-        wide = weights.new_zeros(*weights.shape[:3], self.covered)
-        return wide.scatter_(3, index, weights).flatten(0, 1)
+        wide = weights.new_zeros(*weights.shape[:3], self.windows.covered)
+        return wide.scatter_(3, self.index.expand(weights.shape), weights).flatten(0, 1)
 
-    def collect(self, wide: Tensor, row: int) -> Tensor:
+    def collect(self, wide: Tensor) -> Tensor:
         """Take the windows out of ``(n * tiles, positions, covered)``: ``(n, tiles * positions, taps)``."""
         wide = wide.unflatten(0, (-1, self.columns.count))
-        index = self.index(row).expand(*wide.shape[:3], -1)
-        return wide.gather(3, index).flatten(1, 2)
+        return wide.gather(3, self.index.expand(*wide.shape[:3], -1)).flatten(1, 2)
 
-    def add_biases(self, grad_logits: Tensor, grad_biases: Tensor, row: int) -> None:
+    def add_biases(self, grad_logits: Tensor, grad_biases: Tensor) -> None:
         """Add the gradient of the logits ``(n, tiles * positions, taps)`` to that of the biases by kind of window."""
-        kernel = grad_biases.shape[-1]
-        grads = grad_logits.view(-1, self.columns.count, self.rows.size, self.columns.size, self.taps)
+        kernel = self.windows.kernel
+        grads = grad_logits.unflatten(1, (self.columns.count, self.size, -1))
         columns = F.one_hot(self.columns.kind.flatten(), kernel).to(grads.dtype).T.expand(grads.shape[0], -1, -1)
-        kinds = self.row_kinds(row).tolist()
-        for i, kind in enumerate(kinds):
-            rows = grads.sum(2) if len(kinds) == 1 else grads[:, :, i]
+        for i, kind in enumerate(self.kinds.tolist()):
+            rows = grads.sum(2) if len(self.kinds) == 1 else grads[:, :, i]
             grad_biases[:, kind] += torch.bmm(columns, rows.flatten(1, 2)).view(-1, kernel, kernel, kernel)
