@@ -41,3 +41,14 @@ def relative_positions(length: int, kernel: int) -> Tensor:
     position = torch.arange(length)
     start = (position - kernel // 2).clamp(0, length - kernel)
     return start[:, None] + torch.arange(kernel) - position[:, None] + kernel - 1
+
+
+def diversification_from_kept_maps(query: Tensor, key: Tensor) -> Tensor:
+    """Compute the loss of one layer as the official code does, from softmax maps; right for any batch size."""
+    maps = torch.softmax(query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5, -1)
+    mean = maps.clone().mean(1)  # the official layers hand a clone to the loss
+    column_mean = mean.mean(1, keepdim=True)  # (B, 1, N)
+    threshold = 2.0 / maps.shape[-1]
+    kept = torch.where(mean > threshold, mean, torch.zeros_like(mean))
+    target = torch.where(column_mean > threshold, column_mean, torch.zeros_like(column_mean))
+    return F.cosine_similarity(kept, target, dim=-1, eps=1e-8).mean()

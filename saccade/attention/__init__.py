@@ -2,6 +2,7 @@
 
 from saccade.attention.context_mixing import context_mixing
 from saccade.attention.dispatch import Decision, Explanation, Operator, explain, operators, use_backend
+from saccade.attention.diversification import attention_diversification, attention_diversification_from_maps
 from saccade.attention.merge import AttentionLSE, merge_partials
 from saccade.attention.softmax import attention, attention_lse
 
@@ -11,6 +12,8 @@ __all__ = [
     "Explanation",
     "Operator",
     "attention",
+    "attention_diversification",
+    "attention_diversification_from_maps",
     "attention_lse",
     "context_mixing",
     "explain",

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from saccade.attention.merge import AttentionLSE
 
-__all__ = ["attention", "attention_lse", "context_mixing"]
+__all__ = [
+    "attention",
+    "attention_diversification",
+    "attention_diversification_from_maps",
+    "attention_lse",
+    "context_mixing",
+]
 
 
 def attention(
@@ -111,8 +117,53 @@ def neighbours(length: int, kernel: int, device: torch.device) -> Tensor:
     return start[:, None] + torch.arange(kernel, device=device)
 
 
+def attention_diversification(
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    logit_multiplier: Tensor | None = None,
+    lse: Tensor | None = None,
+    threshold: float = 2.0,
+    prefix_tokens: int = 0,
+    scale: float | None = None,
+) -> Tensor:
+    """Compute the loss from the maps; arguments as :func:`saccade.attention.attention_diversification`.
+
+    Returns:
+        Scalar; ``lse`` is not needed.
+    """
+    maps, _ = softmax_weights(query, key, mask, bias, False, scale, logit_multiplier)
+    return attention_diversification_from_maps(maps, threshold, prefix_tokens)
+
+
+def attention_diversification_from_maps(maps: Tensor, threshold: float = 2.0, prefix_tokens: int = 0) -> Tensor:
+    """Compute the mean cosine between the rows of the maps' mean over heads and its mean row, both thresholded.
+
+    Returns:
+        Scalar; arguments as :func:`saccade.attention.attention_diversification_from_maps`.
+    """
+    spatial = maps.to(wide(maps))[:, :, prefix_tokens:, prefix_tokens:]
+    if prefix_tokens > 0:
+        mass = spatial.sum(-1, keepdim=True)
+        spatial = spatial / torch.where(mass > 0, mass, torch.ones_like(mass))
+    mean = spatial.mean(1)  # (B, N, N)
+    column_mean = mean.mean(1)
+    tau = threshold / max(mean.shape[-1], 1)
+    kept = torch.where(mean > tau, mean, torch.zeros_like(mean))
+    target = torch.where(column_mean > tau, column_mean, torch.zeros_like(column_mean))
+    cosine = F.cosine_similarity(kept, target.unsqueeze(1), dim=-1, eps=1e-8)  # (B, N)
+    return cosine.sum() / max(cosine.numel(), 1)
+
+
 def softmax_weights(
-    query: Tensor, key: Tensor, mask: Tensor | None, bias: Tensor | None, causal: bool, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    logit_multiplier: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the attention weights ``(B, H, L, S)`` and the log-sum-exp of the scores ``(B, H, L)``.
 
@@ -121,6 +172,8 @@ def softmax_weights(
     if scale is None:
         scale = float(query.shape[-1]) ** -0.5
     scores = scale * query.to(wide(query)) @ per_query_head(key, query).transpose(-1, -2)  # (B, H, L, S)
+    if logit_multiplier is not None:
+        scores = scores * logit_multiplier.to(scores.dtype)
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
     visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)

@@ -2,7 +2,14 @@
 
 import torch
 
-from saccade.attention import attention_lse, context_mixing
+from saccade.attention import (
+    attention,
+    attention_diversification,
+    attention_diversification_from_maps,
+    attention_lse,
+    context_mixing,
+    reference,
+)
 from tests.golden.case import Case
 from tests.golden.runners import runner
 
@@ -48,3 +55,46 @@ def context_mixing_core(case: Case) -> None:
         )
         grads = torch.autograd.grad((out * cotangent).sum(), list(inputs.values()))
         case.compare({"output.out": out} | {f"grad.{name}": grad for name, grad in zip(inputs, grads, strict=True)})
+
+
+@runner("robust.adl")
+def diversification_of_maps(case: Case) -> None:
+    """The loss of several layers, from maps; their sum is divided by the number of layers + 1e-6."""
+    maps = {name: tensor.requires_grad_() for name, tensor in case.group("input").items()}
+    layers = [attention_diversification_from_maps(m, threshold=case.config["threshold"]) for m in maps.values()]
+    loss = sum(layers) / (len(layers) + 1e-6)
+    grads = torch.autograd.grad(loss, list(maps.values()))
+    case.compare(
+        {"output.adl": loss}
+        | {f"output.layer{i}": layer for i, layer in enumerate(layers)}
+        | {f"grad.{name}": grad for name, grad in zip(maps, grads, strict=True)}
+    )
+
+
+@runner("robust.adl_qk")
+def diversification_beside_attention(case: Case) -> None:
+    """The loss from query and key, alone and added to attention; the maps' means come from the literal form."""
+    tensors = case.group("input")
+    grad_out = tensors.pop("grad_out")
+    query, key, value = (tensors[name].requires_grad_() for name in ("q", "k", "v"))
+    multiplier = None
+    if "att_mask" in tensors:  # RVT's, stored for a larger grid
+        tokens = query.shape[2]
+        multiplier = tensors["att_mask"].requires_grad_()[:, :tokens, :tokens].sigmoid()
+    maps, lse = reference.softmax_weights(query, key, None, None, False, None, multiplier)
+    out = attention(query, key, value) if multiplier is None else maps @ value
+    loss = attention_diversification(
+        query, key, lse=lse, threshold=case.config["threshold"], logit_multiplier=multiplier
+    )
+    got = {
+        "output.adl": loss,
+        "output.lse": lse,
+        "output.out": out,
+        "output.attn_head_mean": maps.mean(1),
+        "output.column_mean": maps.mean((1, 2)),
+    }
+    for kind, total in {"adl_only": loss, "joint": (out * grad_out).sum() + 3 * loss}.items():
+        wanted = [name for name in tensors if f"grad.{kind}.{name}" in case.tensors]
+        grads = torch.autograd.grad(total, [tensors[name] for name in wanted], retain_graph=True)
+        got |= {f"grad.{kind}.{name}": grad for name, grad in zip(wanted, grads, strict=True)}
+    case.compare(got)
