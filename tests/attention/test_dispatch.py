@@ -129,9 +129,7 @@ def test_explanation_as_text():
 
 
 def test_explain_takes_operators_only():
-    with pytest.raises(
-        BackendError, match="merge_partials is not an attention operator; these are: attention, "
-    ):
+    with pytest.raises(BackendError, match="merge_partials is not an attention operator; these are: attention, "):
         explain(merge_partials, *TENSORS)
 
 
