@@ -17,6 +17,7 @@ from torch import Tensor
 
 from saccade.attention import reference
 from saccade.attention.dispatch import Backend, Decision, Operator, register
+from saccade.attention.kernels.runtime import can_run_triton
 from saccade.attention.windows import TileRow, Windows
 from saccade.errors import ShapeError
 
@@ -236,6 +237,29 @@ def tiled_context_mixing(
     return out.flatten(1, 3)
 
 
+def triton_context_mixing(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    projection: Tensor,
+    projection_bias: Tensor,
+    small_table: Tensor,
+    large_table: Tensor,
+    scale: float | None,
+) -> Tensor:
+    """Run the Triton kernels."""
+    from saccade.attention.kernels.context_mixing import forward
+
+    groups, small, large = small_table.shape[0], (small_table.shape[1] + 1) // 2, (large_table.shape[1] + 1) // 2
+    kernels = tap_kernels(query, key, projection, groups, value.shape[1], scale)
+    biases = [
+        window_biases(small_table, projection_bias[: small**2]).flatten(),
+        window_biases(large_table, projection_bias[small**2 :]).flatten(),
+    ]
+    out: Tensor = forward(query, kernels.contiguous(), torch.cat(biases), value, small, large)[0]
+    return out
+
+
 def blocks(query: Tensor, biases: Tensor) -> Iterator[tuple[TileRow, int, slice]]:
     """Yield row of tiles, sample and groups of each block of work on query ``(B, G, c, H, W)``."""
     for tiles in Windows(biases.shape[-1], query.shape[3], query.shape[4], query.device).tile_rows():
@@ -353,6 +377,13 @@ def always(problem: MixingProblem) -> Decision:
     return Decision(True, "literal form, holds the kernel of every position and every window's values")
 
 
+def can_run_kernels(problem: MixingProblem) -> Decision:
+    """Say whether Triton can run here; its kernels compute in float32."""
+    if problem.dtype == torch.float64:
+        return Decision(False, "the Triton kernels compute in float32")
+    return can_run_triton(problem.device, exporting=problem.exporting)
+
+
 def can_run_tiles(problem: MixingProblem) -> Decision:
     """Say yes unless only torch's own operators may appear."""
     if problem.exporting:
@@ -400,6 +431,7 @@ CONTEXT_MIXING = register(
         function=context_mixing,
         summary="depthwise kernels made from affinity to region centres",
         backends=(
+            Backend("triton", can_run_kernels, triton_context_mixing),
             Backend("tiles", can_run_tiles, tiled_context_mixing),
             Backend("reference", always, reference.context_mixing),
         ),
