@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saccade.attention.decay import LinearAttention
 from saccade.attention.merge import AttentionLSE
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "attention_diversification_from_maps",
     "attention_lse",
     "context_mixing",
+    "linear_attention",
 ]
 
 
@@ -154,6 +156,58 @@ def attention_diversification_from_maps(maps: Tensor, threshold: float = 2.0, pr
     target = torch.where(column_mean > tau, column_mean, torch.zeros_like(column_mean))
     cosine = F.cosine_similarity(kept, target.unsqueeze(1), dim=-1, eps=1e-8)  # (B, N)
     return cosine.sum() / max(cosine.numel(), 1)
+
+
+def linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    normalise: bool = False,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+) -> LinearAttention:
+    """Compute ``((scale q k^T) * D) v``, ``D_ij = exp(log_decay (i - j))`` for ``j <= i``; without ``causal``, D = 1.
+
+    Arguments as :func:`saccade.attention.linear_attention`.
+
+    Returns:
+        Output ``(B, H, L, Dv)`` and state ``(B, H, D, Dv)``, one column wider if normalised.
+    """
+    queries = scale * query.to(wide(query))
+    keys, values = per_query_head(key, query), per_query_head(value, query)
+    if mask is not None:
+        keys = keys.masked_fill(~mask.expand(key.shape[0], 1, 1, key.shape[2]).transpose(-1, -2), 0.0)
+    if normalise:
+        values = torch.cat([values, torch.ones_like(values[..., :1])], -1)
+    if initial_state is None:
+        initial_state = values.new_zeros(keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3])
+    state = initial_state.to(values.dtype)
+    if causal:
+        if log_decay is None:
+            log_decay = values.new_zeros(query.shape[1])
+        rate = log_decay.to(values.dtype)[:, None, None]  # (H, 1, 1)
+        steps = torch.arange(query.shape[2], device=query.device)
+        decay = torch.exp(rate * (steps[:, None] - steps).clamp(min=0)).tril()  # (H, L, L)
+        weights = (queries @ keys.transpose(-1, -2)) * decay  # (B, H, L, L)
+        out = weights @ values + torch.exp(rate * (steps + 1)[:, None]) * (queries @ state)
+        fading = torch.exp(rate * (query.shape[2] - 1 - steps)[:, None])  # (H, L, 1)
+        state = torch.exp(rate * query.shape[2]) * state + (fading * keys).transpose(-1, -2) @ values
+    else:
+        state = state + keys.transpose(-1, -2) @ values
+        out = queries @ state
+    if normalise:
+        out = divide_by_last(out)
+    return LinearAttention(out.to(query.dtype), state)
+
+
+def divide_by_last(sums: Tensor) -> Tensor:
+    """Divide all columns by the last one, the sum of the weights, and drop it; 0 where it is 0."""
+    total = sums[..., -1:]
+    nothing = total == 0
+    return sums[..., :-1].masked_fill(nothing, 0.0) / total.masked_fill(nothing, 1.0)
 
 
 def softmax_weights(

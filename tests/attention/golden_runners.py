@@ -8,6 +8,8 @@ from saccade.attention import (
     attention_diversification_from_maps,
     attention_lse,
     context_mixing,
+    decay_slopes,
+    linear_attention,
     reference,
 )
 from tests.golden.case import Case
@@ -98,3 +100,28 @@ def diversification_beside_attention(case: Case) -> None:
         grads = torch.autograd.grad(total, [tensors[name] for name in wanted], retain_graph=True)
         got |= {f"grad.{kind}.{name}": grad for name, grad in zip(wanted, grads, strict=True)}
     case.compare(got)
+
+
+@runner("attention.lightning.operator")
+def lightning(case: Case) -> None:
+    """Linear attention with a decay for each head; the state carried in and out."""
+    inputs = case.group("input")
+    slopes = inputs.pop("slopes")
+    inputs = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+    out, state = linear_attention(
+        inputs["q"],
+        inputs["k"],
+        inputs["v"],
+        log_decay=-slopes,
+        causal=True,
+        scale=case.config["scale"],
+        initial_state=inputs.get("initial_state"),
+    )
+    got = {"output.y": out, "output.final_state": state}
+    case.compare(got | case.gradients(got, {f"input.{name}": tensor for name, tensor in inputs.items()}))
+
+
+@runner("attention.lightning.slopes")
+def lightning_slopes(case: Case) -> None:
+    """Slopes for numbers of heads that are powers of two and that are not."""
+    case.compare({name: decay_slopes(int(name.rpartition("_")[2])) for name in case.tensors})

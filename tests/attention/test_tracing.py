@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from saccade.attention import attention, attention_lse, merge_partials, sdpa, use_backend
+import saccade.attention
+from saccade.attention import (
+    attention,
+    attention_lse,
+    decay_slopes,
+    linear_attention,
+    merge_partials,
+    sdpa,
+    use_backend,
+)
 from tests.helpers import assert_close, randn
 
 SCRIPT_WARNING = "ignore:`torch.jit.*` is deprecated:FutureWarning"
@@ -53,7 +62,23 @@ class PartsLayer(nn.Module):
         return x + merge_partials([first, second]).out.transpose(1, 2).flatten(2)
 
 
-@pytest.fixture(params=[PlainLayer, SinkLayer, PartsLayer])
+class LinearLayer(nn.Module):
+    """Causal linear attention with decay, and the normalised form without."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+        self.register_buffer("log_decay", -decay_slopes(2))
+
+    def forward(self, x):
+        query, key, value = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        out, state = linear_attention(query, key, value, log_decay=self.log_decay, causal=True)
+        query, key = torch.sigmoid(query), torch.sigmoid(key)
+        out = out + state.mean() + linear_attention(query, key, value, normalise=True).out
+        return x + out.transpose(1, 2).flatten(2)
+
+
+@pytest.fixture(params=[PlainLayer, SinkLayer, PartsLayer, LinearLayer])
 def model(request):
     """Two layers with fixed weights."""
     layers = nn.Sequential(request.param(), request.param()).eval()
@@ -83,7 +108,8 @@ def test_jit_trace(model):
 
 def test_fx_records_the_public_function(model):
     traced = torch.fx.symbolic_trace(model)
-    assert sum(node.target in (attention, attention_lse) for node in traced.graph.nodes) >= 2
+    public = [getattr(saccade.attention, name) for name in saccade.attention.__all__]
+    assert sum(node.target in public for node in traced.graph.nodes) >= 2
     assert_close(traced(X), model(X))
 
 
