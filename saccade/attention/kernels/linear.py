@@ -240,7 +240,7 @@ def launch(
     )  # fmt: skip
 
 
-def build(dtype: torch.dtype, width: int, mode: dict[str, bool], spill_bytes: int = 0) -> Build:
+def build_recurrence_kernel(dtype: torch.dtype, width: int, mode: dict[str, bool], spill_bytes: int = 0) -> Build:
     """Describe one build of ``recurrence_kernel`` for square states and rows without gaps."""
     cut = plan(width, {dtype})
     kind = "*fp32" if dtype == torch.float32 else "*bf16"
@@ -260,13 +260,17 @@ FROM_THE_END = {**OUTPUTS, "REVERSE": True}
 STATES = {**OUTPUTS, "OUT": False}
 ALL_KEYS = {**OUTPUTS, "CAUSAL": False, "LAST": False}
 BUILDS = [
-    *[build(torch.bfloat16, width, mode) for width in (32, 64, 128) for mode in (OUTPUTS, FROM_THE_END)],
-    *[build(torch.float32, width, FROM_THE_END) for width in (32, 64, 128)],
-    *[build(torch.bfloat16, 64, mode) for mode in (STATES, ALL_KEYS)],
-    build(torch.float32, 64, STATES),
+    *[
+        build_recurrence_kernel(torch.bfloat16, width, mode)
+        for width in (32, 64, 128)
+        for mode in (OUTPUTS, FROM_THE_END)
+    ],
+    *[build_recurrence_kernel(torch.float32, width, FROM_THE_END) for width in (32, 64, 128)],
+    *[build_recurrence_kernel(torch.bfloat16, 64, mode) for mode in (STATES, ALL_KEYS)],
+    build_recurrence_kernel(torch.float32, 64, STATES),
     # 256 rows of state and of both tiles do not fit the registers; smaller tiles spill as much
-    build(torch.bfloat16, 256, FROM_THE_END, spill_bytes=384),
-    build(torch.float32, 256, FROM_THE_END, spill_bytes=448),
+    build_recurrence_kernel(torch.bfloat16, 256, FROM_THE_END, spill_bytes=384),
+    build_recurrence_kernel(torch.float32, 256, FROM_THE_END, spill_bytes=448),
     Build(
         scan_kernel,
         dict.fromkeys(("added", "first", "log_decay"), "*fp32")
