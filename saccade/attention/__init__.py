@@ -1,5 +1,14 @@
 """The attention core: operators that every system of this package is composed of. Imports torch alone."""
 
+from saccade.attention.analysis import (
+    AttentionStatistics,
+    GateStatistics,
+    attention_statistics,
+    attention_statistics_from_maps,
+    gate_statistics,
+    head_importance,
+    sink_norm_ratio,
+)
 from saccade.attention.context_mixing import context_mixing
 from saccade.attention.decay import LinearAttention, decay_slopes
 from saccade.attention.dispatch import Decision, Explanation, Operator, explain, operators, use_backend
@@ -10,19 +19,26 @@ from saccade.attention.softmax import attention, attention_lse
 
 __all__ = [
     "AttentionLSE",
+    "AttentionStatistics",
     "Decision",
     "Explanation",
+    "GateStatistics",
     "LinearAttention",
     "Operator",
     "attention",
     "attention_diversification",
     "attention_diversification_from_maps",
     "attention_lse",
+    "attention_statistics",
+    "attention_statistics_from_maps",
     "context_mixing",
     "decay_slopes",
     "explain",
+    "gate_statistics",
+    "head_importance",
     "linear_attention",
     "merge_partials",
     "operators",
+    "sink_norm_ratio",
     "use_backend",
 ]

@@ -7,6 +7,7 @@ from saccade.attention import (
     attention_diversification,
     attention_diversification_from_maps,
     attention_lse,
+    attention_statistics_from_maps,
     context_mixing,
     decay_slopes,
     linear_attention,
@@ -125,3 +126,27 @@ def lightning(case: Case) -> None:
 def lightning_slopes(case: Case) -> None:
     """Slopes for numbers of heads that are powers of two and that are not."""
     case.compare({name: decay_slopes(int(name.rpartition("_")[2])) for name in case.tensors})
+
+
+@runner("attention.diagnostics.sink_and_entropy")
+def sink_and_entropy(case: Case) -> None:
+    """Figures of causal maps ``(samples, layers, heads, T, T)``."""
+    maps = case.tensors["input.attention"]
+    layers = [attention_statistics_from_maps(maps[:, i], causal=True) for i in range(maps.shape[1])]
+
+    def every(name: str) -> torch.Tensor:
+        return torch.stack([getattr(layer, name) for layer in layers], 1)
+
+    rates = torch.stack([layer.sink_rate(case.config["epsilon"]) for layer in layers])
+    focus = every("local_focus")
+    case.compare(
+        {
+            "output.concentration": every("concentration"),
+            "output.entropy_rows": every("row_entropy"),
+            "output.first_token_mass": every("first_token_mass"),
+            "output.head_diversity": every("head_diversity"),
+            "output.importance": every("importance"),
+            "output.sink_rate_percent": rates.mean((0, 1)),
+        }
+        | {f"output.loc_foc_{n}": focus[..., n] for n in range(4)}
+    )
