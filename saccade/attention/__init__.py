@@ -14,7 +14,9 @@ from saccade.attention.decay import LinearAttention, decay_slopes
 from saccade.attention.dispatch import Decision, Explanation, Operator, explain, operators, use_backend
 from saccade.attention.diversification import attention_diversification, attention_diversification_from_maps
 from saccade.attention.linear import linear_attention
+from saccade.attention.key_classes import PartitionedAttention, Segments
 from saccade.attention.merge import AttentionLSE, merge_partials
+from saccade.attention.partitioned import partitioned_attention
 from saccade.attention.softmax import attention, attention_lse
 
 __all__ = [
@@ -25,6 +27,8 @@ __all__ = [
     "GateStatistics",
     "LinearAttention",
     "Operator",
+    "PartitionedAttention",
+    "Segments",
     "attention",
     "attention_diversification",
     "attention_diversification_from_maps",
@@ -40,5 +44,6 @@ __all__ = [
     "merge_partials",
     "operators",
     "sink_norm_ratio",
+    "partitioned_attention",
     "use_backend",
 ]

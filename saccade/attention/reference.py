@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.attention.decay import LinearAttention
+from saccade.attention.key_classes import PartitionedAttention
 from saccade.attention.merge import AttentionLSE
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "attention_lse",
     "context_mixing",
     "linear_attention",
+    "partitioned_attention",
 ]
 
 
@@ -210,6 +212,50 @@ def divide_by_last(sums: Tensor) -> Tensor:
     return sums[..., :-1].masked_fill(nothing, 0.0) / total.masked_fill(nothing, 1.0)
 
 
+def partitioned_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_class: Tensor,
+    num_classes: int,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    scale: float | None = None,
+    key_log_weight: Tensor | None = None,
+    weighted_class: int | None = None,
+) -> PartitionedAttention:
+    """Split attention by class of key; arguments as :func:`saccade.attention.partitioned_attention`.
+
+    Returns:
+        Outputs and masses of all keys, of each class, and of the weighted class.
+    """
+    members = class_members(key_class, num_classes)  # (B, 1 or H, C, S)
+    visible = members.any(2).unsqueeze(2)
+    if mask is not None:
+        visible = visible & mask
+    if causal:
+        visible = visible & earlier_keys(query, key, query_positions, key_positions)
+    weights, lse = softmax_weights(query, key, visible, None, False, scale)
+    value = per_query_head(value, query)
+    class_weights = weights.unsqueeze(2) * members.unsqueeze(3)  # (B, H, C, L, S)
+    weighted_out, weighted_mass = None, None
+    if key_log_weight is not None and weighted_class is not None:
+        log_weight = key_log_weight if key_log_weight.dim() == 3 else key_log_weight.unsqueeze(1)  # (B, 1 or H, S)
+        factor = torch.exp(log_weight.to(weights.dtype).masked_fill(~members[:, :, weighted_class], -torch.inf))
+        weighted = weights * factor.unsqueeze(2)
+        weighted_out, weighted_mass = (weighted @ value).to(query.dtype), weighted.sum(-1)
+    return PartitionedAttention(
+        out=(weights @ value).to(query.dtype),
+        lse=lse,
+        class_out=(class_weights @ value.unsqueeze(2)).to(query.dtype),
+        class_mass=class_weights.sum(-1),
+        weighted_out=weighted_out,
+        weighted_mass=weighted_mass,
+    )
+
+
 def softmax_weights(
     query: Tensor,
     key: Tensor,
@@ -250,3 +296,20 @@ def per_query_head(tensor: Tensor, query: Tensor) -> Tensor:
 def wide(tensor: Tensor) -> torch.dtype:
     """Return float64 for float64, float32 for everything narrower."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def class_members(key_class: Tensor, num_classes: int) -> Tensor:
+    """Return which keys are in which class, bool ``(B, 1 or H, C, S)``, from labels ``(B, S)`` or ``(B, H, S)``."""
+    labels = key_class if key_class.dim() == 3 else key_class.unsqueeze(1)
+    return labels.unsqueeze(2) == torch.arange(num_classes, device=labels.device).unsqueeze(1)
+
+
+def earlier_keys(query: Tensor, key: Tensor, query_positions: Tensor | None, key_positions: Tensor | None) -> Tensor:
+    """Return which keys are not later than which query, bool ``(1 or B, 1, L, S)``; bottom-right without positions."""
+    queries, keys = query.shape[2], key.shape[2]
+    if query_positions is None:
+        query_positions = torch.arange(keys - queries, keys, device=query.device)
+    if key_positions is None:
+        key_positions = torch.arange(keys, device=query.device)
+    seen = key_positions.unsqueeze(-2) <= query_positions.unsqueeze(-1)  # (L, S) or (B, L, S)
+    return seen.unsqueeze(-3)

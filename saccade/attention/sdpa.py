@@ -236,10 +236,36 @@ def cpu_attention_lse(
     Returns:
         Output ``(B, H, L, D)`` and log-sum-exp ``(B, H, L)``.
     """
+    out, lse = flash_cpu(query, key, value, scores_mask, causal, scale)
+    return out, lse.contiguous()
+
+
+def flash_cpu(
+    query: Tensor, key: Tensor, value: Tensor, scores_mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Run the bare forward kernel; arguments and results as for :func:`cpu_attention_lse`."""
     out, lse = getattr(torch.ops.aten, FLASH_CPU)(query, key, value, 0.0, causal, attn_mask=scores_mask, scale=scale)
     if scores_mask is not None:  # the kernel writes 0 for a row that sees nothing
         lse = lse.masked_fill((scores_mask == -torch.inf).all(-1), -torch.inf)
-    return out, lse.contiguous()
+    return out, lse
+
+
+def flash_cpu_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scores_mask: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the bare backward kernel: gradients for ``p = exp(s - lse)`` and ``ds = p * (dO v^T - rowsum(dO * O))``."""
+    grad_query, grad_key, grad_value = getattr(torch.ops.aten, FLASH_CPU + "_backward")(
+        grad_out, query, key, value, out, lse, 0.0, causal, attn_mask=scores_mask, scale=scale
+    )
+    return grad_query, grad_key, grad_value
 
 
 @cpu_attention_lse.register_fake
@@ -279,17 +305,16 @@ def cpu_attention_lse_backward(
         out = widen(torch.cat([out, column], -1), width)
         grad_out = widen(torch.cat([grad_out, torch.ones_like(column)], -1), width)
         query, key, value = widen(query, width), widen(key, width), widen(value, width)
-    grads = getattr(torch.ops.aten, FLASH_CPU + "_backward")(
+    grads = flash_cpu_backward(
         kernel_view(grad_out, grad_out.shape[-1]),
         query,
         key,
         value,
         out,
         lse.masked_fill(blind, 0.0),  # p = exp(-inf - 0) = 0 in a row that sees nothing
-        0.0,
+        scores_mask,
         ctx.causal,
-        attn_mask=scores_mask,
-        scale=ctx.scale,
+        ctx.scale,
     )
     grad_query, grad_key, grad_value = (grad[..., :head_dim] for grad in grads)
     return grad_query, grad_key, grad_value, None, None, None
