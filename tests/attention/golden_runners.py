@@ -11,6 +11,7 @@ from saccade.attention import (
     context_mixing,
     decay_slopes,
     linear_attention,
+    partitioned_attention,
     reference,
 )
 from tests.golden.case import Case
@@ -150,3 +151,28 @@ def sink_and_entropy(case: Case) -> None:
         }
         | {f"output.loc_foc_{n}": focus[..., n] for n in range(4)}
     )
+
+
+@runner("attention.primitive.partitioned_attention")
+def primitive_partitioned_attention(case: Case) -> None:
+    """Classes by label; a bias in full becomes L more columns of query and key, ``(I b)[i, j] = b[i, j]``."""
+    inputs = {name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in case.group("input").items()}
+    for backend in ("reference", "auto"):
+        query, key, scale = inputs["q"], inputs["k"], inputs["q"].shape[-1] ** -0.5
+        if "bias" in inputs:
+            columns = torch.eye(query.shape[2]).expand(*query.shape[:2], -1, -1)
+            query, key = torch.cat([query, columns], -1), torch.cat([key, inputs["bias"].mT / scale], -1)
+        out, lse, class_out, class_mass, *_ = partitioned_attention(
+            query,
+            key,
+            inputs["v"],
+            inputs["key_class"],
+            case.config["num_classes"],
+            causal=case.config["causal"],
+            scale=scale,
+            backend=backend,
+        )
+        got = {"output.out": out, "output.lse": lse}
+        got |= {"output.class_out": class_out.movedim(2, 0), "output.class_mass": class_mass.movedim(2, 0)}
+        floating = {f"input.{name}": tensor for name, tensor in inputs.items() if tensor.is_floating_point()}
+        case.compare(got | case.gradients(got, floating))
