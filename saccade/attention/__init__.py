@@ -13,8 +13,8 @@ from saccade.attention.context_mixing import context_mixing
 from saccade.attention.decay import LinearAttention, decay_slopes
 from saccade.attention.dispatch import Decision, Explanation, Operator, explain, operators, use_backend
 from saccade.attention.diversification import attention_diversification, attention_diversification_from_maps
-from saccade.attention.linear import linear_attention
 from saccade.attention.key_classes import PartitionedAttention, Segments
+from saccade.attention.linear import linear_attention
 from saccade.attention.merge import AttentionLSE, merge_partials
 from saccade.attention.partitioned import partitioned_attention
 from saccade.attention.softmax import attention, attention_lse

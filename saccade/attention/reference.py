@@ -240,12 +240,14 @@ def partitioned_attention(
     weights, lse = softmax_weights(query, key, visible, None, False, scale)
     value = per_query_head(value, query)
     class_weights = weights.unsqueeze(2) * members.unsqueeze(3)  # (B, H, C, L, S)
-    weighted_out, weighted_mass = None, None
+    weighted_out: Tensor | None = None
+    weighted_mass: Tensor | None = None
     if key_log_weight is not None and weighted_class is not None:
         log_weight = key_log_weight if key_log_weight.dim() == 3 else key_log_weight.unsqueeze(1)  # (B, 1 or H, S)
         factor = torch.exp(log_weight.to(weights.dtype).masked_fill(~members[:, :, weighted_class], -torch.inf))
         weighted = weights * factor.unsqueeze(2)
-        weighted_out, weighted_mass = (weighted @ value).to(query.dtype), weighted.sum(-1)
+        weighted_out = (weighted @ value).to(query.dtype)
+        weighted_mass = weighted.sum(-1)
     return PartitionedAttention(
         out=(weights @ value).to(query.dtype),
         lse=lse,

@@ -150,4 +150,7 @@ def test_every_backend_of_every_operator_agrees_with_its_literal_form(operator):
         if row.ok:
             got = torch.utils._pytree.tree_leaves(operator.function(*tensors, backend=row.backend))
             for ours, theirs in zip(got, expected, strict=True):
-                assert_close(ours, theirs)
+                if ours is None:  # a result that this call does not have
+                    assert theirs is None
+                else:
+                    assert_close(ours, theirs)

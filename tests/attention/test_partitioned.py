@@ -6,7 +6,15 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from saccade.attention import Segments, attention, attention_lse, explain, partitioned_attention, sdpa
+from saccade.attention import (
+    Segments,
+    attention,
+    attention_lse,
+    explain,
+    partitioned_attention,
+    partitioned_cpu,
+    sdpa,
+)
 from saccade.errors import ShapeError
 from tests.attention.cases import gradients
 from tests.attention.test_softmax import NoScores
@@ -230,7 +238,7 @@ def test_a_mask_per_head_excludes_keys():
 @pytest.mark.parametrize("queries", [1, 4])
 @pytest.mark.parametrize("weight", ["BS", "BHS"])
 def test_gradcheck(weight, queries, backend):
-    case = Parts(queries, 7, 3, 4, heads=4, batch=1, causal="shuffled", weight=weight, labels=weight)
+    case = Parts(queries, 6, 3, 2, heads=2, kv_heads=1, batch=1, causal="shuffled", weight=weight, labels=weight)
     arguments, options = make(case, torch.float64)
     log_weight = options.pop("key_log_weight")
 
@@ -328,3 +336,13 @@ def test_error_messages(change, message):
     arguments = {"query": query, "key": key, "value": value, "key_class": torch.zeros(2, 7).long(), "num_classes": 3}
     with pytest.raises(ShapeError, match=message):
         partitioned_attention(**(arguments | change))
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # opcheck itself looks
+@pytest.mark.parametrize("weight", ["", "BHS"])
+def test_opcheck(weight):
+    arguments, options = make(Parts(5, 7, heads=4, weight=weight))
+    inputs = [*arguments, torch.arange(2, 7), None, 0.4, options.get("key_log_weight"), 1]
+    torch.library.opcheck(partitioned_cpu.partitioned_cpu, inputs)

@@ -11,6 +11,7 @@ from saccade.attention import (
     decay_slopes,
     linear_attention,
     merge_partials,
+    partitioned_attention,
     sdpa,
     use_backend,
 )
@@ -78,7 +79,29 @@ class LinearLayer(nn.Module):
         return x + out.transpose(1, 2).flatten(2)
 
 
-@pytest.fixture(params=[PlainLayer, SinkLayer, PartsLayer, LinearLayer])
+class ClassesLayer(nn.Module):
+    """Causal self attention with grouped heads; the first token counts double, the others by their length."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key_value, self.output = nn.Linear(16, 32), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        query = self.query(x).unflatten(-1, (4, 8)).transpose(1, 2)
+        key, value = self.key_value(x).unflatten(-1, (2, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        key_class = (torch.arange(x.shape[1], device=x.device) > 0).long().expand(x.shape[0], -1)
+        weight = -x.square().mean(-1)
+        parts = partitioned_attention(
+            query, key, value, key_class, 2, causal=True, key_log_weight=weight, weighted_class=1
+        )
+        out = parts.out + parts.class_out[:, :, 0] - parts.class_mass[:, :, :1].mean()
+        weighted_out = parts.weighted_out
+        if weighted_out is not None:  # TorchScript cannot know it
+            out = out - 0.5 * weighted_out
+        return x + self.output(out.transpose(1, 2).flatten(2))
+
+
+@pytest.fixture(params=[PlainLayer, SinkLayer, PartsLayer, LinearLayer, ClassesLayer])
 def model(request):
     """Two layers with fixed weights."""
     layers = nn.Sequential(request.param(), request.param()).eval()
