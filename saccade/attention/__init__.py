@@ -43,7 +43,7 @@ __all__ = [
     "linear_attention",
     "merge_partials",
     "operators",
-    "sink_norm_ratio",
     "partitioned_attention",
+    "sink_norm_ratio",
     "use_backend",
 ]
