@@ -52,3 +52,15 @@ def diversification_from_kept_maps(query: Tensor, key: Tensor) -> Tensor:
     kept = torch.where(mean > threshold, mean, torch.zeros_like(mean))
     target = torch.where(column_mean > threshold, column_mean, torch.zeros_like(column_mean))
     return F.cosine_similarity(kept, target, dim=-1, eps=1e-8).mean()
+
+
+def unfolded_token_average_pooling(tokens: Tensor, weights: Tensor) -> Tensor:
+    """Pool as the official code does: nine copies of the map for each branch, branches side by side, then weighed."""
+    batch, branches, height, width = weights.shape
+    image = tokens.transpose(1, 2).reshape(batch, -1, height, width)
+    maps = [image]
+    for dilation in range(1, branches):
+        windows = F.unfold(image, 3, dilation=dilation, padding=dilation)  # (B, 9 C, H W)
+        maps.append(windows.view(batch, -1, 9, height, width).mean(2))
+    pooled = (torch.stack(maps, -1) * weights.permute(0, 2, 3, 1).unsqueeze(1)).sum(-1)  # (B, C, H, W)
+    return pooled.flatten(2).transpose(1, 2)

@@ -17,10 +17,13 @@ from saccade.attention.key_classes import PartitionedAttention, Segments
 from saccade.attention.linear import linear_attention
 from saccade.attention.merge import AttentionLSE, merge_partials
 from saccade.attention.partitioned import partitioned_attention
+from saccade.attention.pooling import AttentionPooling, attention_pooling
 from saccade.attention.softmax import attention, attention_lse
+from saccade.attention.token_pooling import token_average_pooling
 
 __all__ = [
     "AttentionLSE",
+    "AttentionPooling",
     "AttentionStatistics",
     "Decision",
     "Explanation",
@@ -33,6 +36,7 @@ __all__ = [
     "attention_diversification",
     "attention_diversification_from_maps",
     "attention_lse",
+    "attention_pooling",
     "attention_statistics",
     "attention_statistics_from_maps",
     "context_mixing",
@@ -45,5 +49,6 @@ __all__ = [
     "operators",
     "partitioned_attention",
     "sink_norm_ratio",
+    "token_average_pooling",
     "use_backend",
 ]

@@ -19,9 +19,11 @@ __all__ = [
     "attention_diversification",
     "attention_diversification_from_maps",
     "attention_lse",
+    "attention_pooling",
     "context_mixing",
     "linear_attention",
     "partitioned_attention",
+    "token_average_pooling",
 ]
 
 
@@ -256,6 +258,50 @@ def partitioned_attention(
         weighted_out=weighted_out,
         weighted_mass=weighted_mass,
     )
+
+
+def attention_pooling(scores: Tensor, value: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Weigh the instances of a bag; arguments as :func:`saccade.attention.attention_pooling`.
+
+    Returns:
+        Output ``(B, M, D)``, weights ``(B, M, N)`` and log-sum-exp ``(B, M)``.
+    """
+    weights, lse = pooling_weights(scores, mask)
+    dtype = torch.promote_types(weights.dtype, value.dtype)
+    return (weights.to(dtype) @ value.to(dtype)).to(value.dtype), weights, lse
+
+
+def pooling_weights(scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the softmax over the last axis and its log-sum-exp; 0 and ``-inf`` where nothing in a row takes part."""
+    scores = scores.to(wide(scores))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    blind = (scores == -torch.inf).all(-1, keepdim=True)
+    opened = scores.masked_fill(blind, 0.0)  # finite, so no gradient is NaN
+    weights = torch.softmax(opened, -1).masked_fill(blind, 0.0)
+    lse = torch.logsumexp(opened, -1).masked_fill(blind.squeeze(-1), -torch.inf)
+    return weights, lse
+
+
+def token_average_pooling(tokens: Tensor, weights: Tensor) -> Tensor:
+    """Sum nine shifted maps for each dilation; arguments as :func:`saccade.attention.token_average_pooling`.
+
+    Returns:
+        ``(B, H W, C)``, dtype of ``tokens``.
+    """
+    height, width, margin = weights.shape[2], weights.shape[3], weights.shape[1] - 1
+    image = tokens.to(wide(tokens)).unflatten(1, [height, width])
+    factors = weights.to(wide(tokens)).unsqueeze(-1)  # (B, K, H, W, 1)
+    padded = F.pad(image, [0, 0, margin, margin, margin, margin])
+    out = factors[:, 0] * image
+    for dilation in range(1, weights.shape[1]):
+        total = torch.zeros_like(image)
+        for dy in (-dilation, 0, dilation):
+            for dx in (-dilation, 0, dilation):
+                total = total + padded[:, margin + dy : margin + dy + height, margin + dx : margin + dx + width]
+        out = out + factors[:, dilation] * total / 9
+    pooled: Tensor = out.flatten(1, 2)
+    return pooled.to(tokens.dtype)
 
 
 def softmax_weights(
