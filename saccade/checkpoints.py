@@ -29,6 +29,7 @@ __all__ = [
     "match_keys",
     "read_checkpoint",
     "read_state_dict",
+    "unwrap_state_dict",
 ]
 
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "teacher", "net", "params")
@@ -168,16 +169,29 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         ConfigError: If the file does not exist.
         CheckpointError: If it holds no tensors.
     """
-    content: Mapping[str, Any] = read_checkpoint(path)
+    content = read_checkpoint(path)
+    state = unwrap_state_dict(content)
+    if not state:
+        raise CheckpointError(f"{path} holds no tensors; its keys are {sorted(map(str, content))[:8]}.")
+    return state
+
+
+def unwrap_state_dict(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the weights in what a checkpoint holds.
+
+    Args:
+        content: A state dict, alone or in entries such as ``state_dict`` or ``model`` (averaged weights go first), with
+            or without the prefixes of DistributedDataParallel and ``torch.compile``.
+
+    Returns:
+        Tensors by key; none if there are none.
+    """
     for _ in range(3):  # {"model": {"state_dict": {...}}} occurs
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if inner is None:
             break
         content = inner
-    state = {strip(key): value for key, value in content.items() if isinstance(value, Tensor)}
-    if not state:
-        raise CheckpointError(f"{path} holds no tensors; its keys are {sorted(map(str, content))[:8]}.")
-    return state
+    return {strip(key): value for key, value in content.items() if isinstance(value, Tensor)}
 
 
 def filter_state_dict(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

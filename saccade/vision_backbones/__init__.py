@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+import saccade.vision_backbones.overlock  # registers its models  # noqa: F401
+
 if TYPE_CHECKING:
     from saccade.vision_backbones.attention_overlays import attend as attend
     from saccade.vision_backbones.classifier import ImageClassifier as ImageClassifier

@@ -1,6 +1,6 @@
 """The registry of golden runners: which code judges a row, by the row's ``runner`` word.
 
-Runners stand in ``golden_runners.py`` next to the tests of what they judge and are found by that file name::
+Runners stand in ``golden_runners*.py`` next to the tests of what they judge and are found by that file name::
 
     @runner("attention.sink.logit")
     def sink_logit(case: Case) -> None:
@@ -37,7 +37,7 @@ def runner(*words: str) -> Callable[[Runner], Runner]:
 
 
 def discover() -> dict[str, Runner]:
-    """Import every ``tests/**/golden_runners.py`` and return the registry."""
-    for path in sorted(TESTS.rglob("golden_runners.py")):
+    """Import every ``tests/**/golden_runners*.py`` and return the registry."""
+    for path in sorted(TESTS.rglob("golden_runners*.py")):
         importlib.import_module(".".join(["tests", *path.relative_to(TESTS).with_suffix("").parts]))
     return registry
