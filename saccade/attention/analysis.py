@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.attention.problem import describe
@@ -91,7 +92,7 @@ class AttentionStatistics:
         Raises:
             ShapeError: If the labels have another shape or lie outside -1..C-1.
         """
-        batch, heads, keys = self.key_mass.shape
+        batch, _, keys = self.key_mass.shape
         if key_class.shape not in ((keys,), (batch, keys)) or key_class.is_floating_point():
             raise ShapeError(
                 f"key_class must be integers of shape ({keys},) or ({batch}, {keys}); "
@@ -99,9 +100,8 @@ class AttentionStatistics:
             )
         if key_class.min() < -1 or key_class.max() >= num_classes:
             raise ShapeError(f"key_class must be in -1..{num_classes - 1}; got {key_class.min()}..{key_class.max()}.")
-        index = (key_class + 1).long().expand(batch, keys)[:, None].expand(batch, heads, keys)
-        mass = self.key_mass.new_zeros(batch, heads, num_classes + 1)
-        return mass.scatter_add_(2, index, self.key_mass)[..., 1:]
+        member = F.one_hot(key_class.long() + 1, num_classes + 1)[..., 1:].to(self.key_mass.dtype)
+        return self.key_mass @ member  # (S, C) or (B, S, C)
 
     @property
     def entropy(self) -> Tensor:

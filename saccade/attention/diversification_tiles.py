@@ -148,8 +148,8 @@ def tiled_diversification_backward(
     direction, _ = thresholded_direction(column_mean, tau)
     through_mean_row = mean_row_gradient(column_mean, cosine, pull, tau)
     factor = grad / max(query.shape[0] * tokens * heads, 1)
-    grad_query, grad_key = torch.zeros_like(maps.query), torch.zeros_like(maps.key)
-    grad_multiplier = maps.query.new_zeros(0 if maps.logit_multiplier is None else maps.logit_multiplier.shape)
+    grad_query, grad_key = torch.empty_like(maps.query), torch.zeros_like(maps.key)
+    grad_multiplier = maps.query.new_zeros(0 if logit_multiplier is None else logit_multiplier.shape)
     with torch.autocast(query.device.type, enabled=False):  # backward may be called where autocast is on
         for samples, blocks in maps.tiles():
             for rows in blocks:
@@ -165,9 +165,8 @@ def tiled_diversification_backward(
                     grad_scores *= maps.logit_multiplier[:, rows]
                 grad_query[samples, :, rows], grad_key_part = maps.input_gradients(grad_scores, samples, rows)
                 grad_key[samples] += grad_key_part
-    if logit_multiplier is not None:
-        grad_multiplier = grad_multiplier.to(logit_multiplier.dtype)
-    return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_multiplier
+    multiplier_dtype = query.dtype if logit_multiplier is None else logit_multiplier.dtype
+    return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_multiplier.to(multiplier_dtype)
 
 
 @tiled_diversification_backward.register_fake
@@ -183,8 +182,8 @@ def tiled_diversification_backward_fake(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return results of the right shapes and dtypes."""
-    like_multiplier = query.new_empty(0) if logit_multiplier is None else torch.empty_like(logit_multiplier)
-    return torch.empty_like(query), torch.empty_like(key), like_multiplier
+    multiplier = query.new_empty(0) if logit_multiplier is None else logit_multiplier
+    return query.new_empty(query.shape), key.new_empty(key.shape), multiplier.new_empty(multiplier.shape)
 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ANN401

@@ -42,8 +42,8 @@ class TiledMaps:
         logit_multiplier: Tensor | None = None,
     ) -> None:
         self.scale = float(query.shape[-1]) ** -0.5 if scale is None else scale
-        self.query = query.detach().to(wide(query)) * self.scale
-        self.key = key.detach().to(wide(key))
+        self.query = (query.detach().to(wide(query)) * self.scale).contiguous()
+        self.key = key.detach().to(wide(key)).contiguous()
         self.mask = None if mask is None else as_4d(mask)
         self.bias = None if bias is None else as_4d(bias.detach())
         self.causal = causal
@@ -52,9 +52,10 @@ class TiledMaps:
     def tiles(self) -> Iterator[tuple[slice, list[slice]]]:
         """Yield samples and the blocks of their rows; there are several blocks only for one sample at a time."""
         batch, heads, queries, _ = self.query.shape
+        limit = ELEMENTS if self.query.is_cpu else 16 * ELEMENTS  # a GPU has no cache to stay in, and launches to save
         row = max(heads * self.key.shape[2], 1)
-        samples = max(ELEMENTS // max(row * queries, 1), 1)
-        rows = max(queries if samples > 1 else min(ELEMENTS // row, queries), 1)
+        samples = max(limit // max(row * queries, 1), 1)
+        rows = max(queries if samples > 1 else min(limit // row, queries), 1)
         blocks = [slice(first, min(first + rows, queries)) for first in range(0, queries, rows)]
         for first in range(0, batch, samples):
             yield slice(first, min(first + samples, batch)), blocks
@@ -62,9 +63,11 @@ class TiledMaps:
     def products(self, samples: slice, rows: slice) -> Tensor:
         """Return ``scale * q k^T``; the query heads of one key head are rows of one product, so no key is repeated."""
         query, key = self.query[samples, :, rows], self.key[samples]
-        batch, heads, count, width = query.shape
-        grouped = query.reshape(batch, key.shape[1], -1, width)
-        return (grouped @ key.transpose(-1, -2)).view(batch, heads, count, key.shape[2])
+        return (self.grouped(query) @ key.flatten(0, 1).transpose(1, 2)).view(*query.shape[:3], key.shape[2])
+
+    def grouped(self, rows: Tensor) -> Tensor:
+        """Return ``(b, H, R, width)`` as ``(b Hkv, H / Hkv R, width)``: all that belongs to one key head."""
+        return rows.reshape(rows.shape[0] * self.key.shape[1], -1, rows.shape[3])
 
     def visible(self, samples: slice, rows: slice) -> Tensor | None:
         """Return which keys the mask and the causal order leave, broadcastable to the tile; ``None`` means all."""
@@ -97,9 +100,9 @@ class TiledMaps:
     def input_gradients(self, grad_products: Tensor, samples: slice, rows: slice) -> tuple[Tensor, Tensor]:
         """Return what a cotangent of :meth:`products` gives ``query[samples, :, rows]`` and ``key[samples]``."""
         query, key = self.query[samples, :, rows], self.key[samples]
-        grouped = grad_products.reshape(key.shape[0], key.shape[1], -1, key.shape[2])
-        grad_query = (grouped @ key).view(query.shape) * self.scale
-        return grad_query, grouped.transpose(-1, -2) @ query.reshape(key.shape[0], key.shape[1], -1, key.shape[3])
+        grouped = self.grouped(grad_products)
+        grad_query = (grouped @ key.flatten(0, 1)).view(query.shape) * self.scale
+        return grad_query, (grouped.transpose(1, 2) @ self.grouped(query)).view(key.shape)
 
 
 def as_4d(tensor: Tensor) -> Tensor:

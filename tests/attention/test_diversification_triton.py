@@ -74,12 +74,19 @@ def test_interpreter_is_never_automatic_and_backward_is_deterministic():
 @interpreted
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_opcheck():
-    from saccade.attention.kernels.diversification import diversification_kernels, row_lse
+    from saccade.attention.kernels.diversification import (
+        diversification_kernels,
+        diversification_kernels_backward,
+        row_lse,
+    )
 
     (query, key), _ = make(Layer(9, heads=2, key_heads=1), torch.float32)
     torch.library.opcheck(row_lse, (query.detach(), key.detach(), 0.3))
     lse = row_lse(query.detach(), key.detach(), 0.3)
     torch.library.opcheck(diversification_kernels, (query, key, lse, 2.0, 0.3))
+    query, key = query.detach(), key.detach()
+    loss, statistics = diversification_kernels(query, key, lse, 2.0, 0.3)
+    torch.library.opcheck(diversification_kernels_backward, (loss, query, key, lse, statistics, 2.0, 0.3))
 
 
 def on(*marks):
