@@ -13,11 +13,14 @@ from saccade.attention.context_mixing import context_mixing
 from saccade.attention.decay import LinearAttention, decay_slopes
 from saccade.attention.dispatch import Decision, Explanation, Operator, explain, operators, use_backend
 from saccade.attention.diversification import attention_diversification, attention_diversification_from_maps
+from saccade.attention.gates import combine_heads
 from saccade.attention.key_classes import PartitionedAttention, Segments
 from saccade.attention.linear import linear_attention
 from saccade.attention.merge import AttentionLSE, merge_partials
 from saccade.attention.partitioned import partitioned_attention
+from saccade.attention.pointwise import pointwise_attention
 from saccade.attention.pooling import AttentionPooling, attention_pooling
+from saccade.attention.prefix import prefix_softmax_mean
 from saccade.attention.softmax import attention, attention_lse
 from saccade.attention.token_pooling import token_average_pooling
 
@@ -39,6 +42,7 @@ __all__ = [
     "attention_pooling",
     "attention_statistics",
     "attention_statistics_from_maps",
+    "combine_heads",
     "context_mixing",
     "decay_slopes",
     "explain",
@@ -48,6 +52,8 @@ __all__ = [
     "merge_partials",
     "operators",
     "partitioned_attention",
+    "pointwise_attention",
+    "prefix_softmax_mean",
     "sink_norm_ratio",
     "token_average_pooling",
     "use_backend",

@@ -294,7 +294,7 @@ def linear_recurrence_backward(
         grad_key, _ = scan(v, do, q, grad_state.transpose(-1, -2), log_decay, True, wide)
         grad_value, grad_first = scan(k, q, do, grad_state, log_decay, True, wide)
         grads = (scale * grad_query).to(query.dtype), grad_key, grad_value, grad_first
-    return grads[0], sum_groups(grads[1], key), sum_groups(grads[2], value), grads[3]
+    return grads[0], reference.sum_groups(grads[1], key), reference.sum_groups(grads[2], value), grads[3]
 
 
 @linear_recurrence_backward.register_fake
@@ -314,12 +314,6 @@ def linear_recurrence_backward_fake(
     inputs = (query, key, value, state)
     grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs]
     return grads[0], grads[1], grads[2], grads[3]
-
-
-def sum_groups(grad: Tensor, like: Tensor) -> Tensor:
-    """Add up the gradients ``(B, H, S, D)`` of the query heads that read one key or value head."""
-    heads = like.shape[1]
-    return grad.to(like.dtype) if grad.shape[1] == heads else grad.unflatten(1, (heads, -1)).sum(2).to(like.dtype)
 
 
 def scan(

@@ -20,9 +20,12 @@ __all__ = [
     "attention_diversification_from_maps",
     "attention_lse",
     "attention_pooling",
+    "combine_heads",
     "context_mixing",
     "linear_attention",
     "partitioned_attention",
+    "pointwise_attention",
+    "prefix_softmax_mean",
     "token_average_pooling",
 ]
 
@@ -304,6 +307,56 @@ def token_average_pooling(tokens: Tensor, weights: Tensor) -> Tensor:
     return pooled.to(tokens.dtype)
 
 
+def prefix_softmax_mean(scores: Tensor, value: Tensor) -> AttentionLSE:
+    """Compute causal attention of queries that are all zero, with the scores as bias.
+
+    Arguments as :func:`saccade.attention.prefix_softmax_mean`.
+    """
+    nothing = torch.zeros_like(value[..., :1])
+    return attention_lse(nothing, nothing, value, None, scores.unsqueeze(-2), True, 1.0)
+
+
+def pointwise_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    activation: str = "sigmoid",
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    normalise: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Compute ``f(scale * q k^T + bias) v``; arguments as :func:`saccade.attention.pointwise_attention`.
+
+    Returns:
+        ``(B, H, L, Dv)``, dtype of ``query``.
+    """
+    if scale is None:
+        scale = float(query.shape[-1]) ** -0.5
+    scores = scale * query.to(wide(query)) @ per_query_head(key, query).transpose(-1, -2)  # (B, H, L, S)
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+    if causal:
+        visible = visible.tril(scores.shape[-1] - scores.shape[-2])
+    if mask is not None:
+        visible = visible & mask
+    weights = torch.sigmoid(scores) if activation == "sigmoid" else F.elu(scores) + 1
+    weights = weights.masked_fill(~visible, 0.0)
+    out = weights @ per_query_head(value, query)
+    if normalise:
+        out = out / (weights.sum(-1, keepdim=True) + 1e-8)
+    return out.to(query.dtype)
+
+
+def combine_heads(out: Tensor, gates: Tensor) -> Tensor:
+    """Multiply each head by its gate and lay the heads side by side; as :func:`saccade.attention.combine_heads`."""
+    if gates.dim() == 3:
+        gates = gates.unsqueeze(-1)
+    return (out.to(wide(out)).transpose(1, 2) * gates.to(wide(out))).flatten(2).to(out.dtype)
+
+
 def softmax_weights(
     query: Tensor,
     key: Tensor,
@@ -339,6 +392,12 @@ def softmax_weights(
 def per_query_head(tensor: Tensor, query: Tensor) -> Tensor:
     """Repeat each key or value head for the query heads that read it, in the dtype that is computed in."""
     return tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1).to(wide(query))
+
+
+def sum_groups(grad: Tensor, like: Tensor) -> Tensor:
+    """Add up the gradients ``(B, H, S, D)`` of the query heads that read one key or value head."""
+    heads = like.shape[1]
+    return grad.to(like.dtype) if grad.shape[1] == heads else grad.unflatten(1, (heads, -1)).sum(2).to(like.dtype)
 
 
 def wide(tensor: Tensor) -> torch.dtype:

@@ -12,6 +12,8 @@ from saccade.attention import (
     decay_slopes,
     linear_attention,
     partitioned_attention,
+    pointwise_attention,
+    prefix_softmax_mean,
     reference,
 )
 from tests.golden.case import Case
@@ -176,3 +178,37 @@ def primitive_partitioned_attention(case: Case) -> None:
         got |= {"output.class_out": class_out.movedim(2, 0), "output.class_mass": class_mass.movedim(2, 0)}
         floating = {f"input.{name}": tensor for name, tensor in inputs.items() if tensor.is_floating_point()}
         case.compare(got | case.gradients(got, floating))
+
+
+@runner("attention.deconstructed.non_approximate")
+def non_approximate(case: Case) -> None:
+    """Causal softmax whose scores do not depend on the query, also with scores that overflow without a running max."""
+    inputs = {name: tensor.requires_grad_() for name, tensor in case.group("input").items()}
+    query, key = inputs["q"], inputs["k"]
+    scores = (torch.nn.functional.silu(query) * key).sum(-1) * query.shape[-1] ** -0.5
+    got = {"output.y": prefix_softmax_mean(scores, inputs["v"]).out}
+    case.compare(got | case.gradients(got, {f"input.{name}": tensor for name, tensor in inputs.items()}))
+
+
+@runner(
+    "attention.pointwise_similarity.elu",
+    "attention.pointwise_similarity.sigmoid",
+    "attention.pointwise_similarity.sigmoid_bias",
+    "attention.pointwise_similarity.sigmoid_normalised",
+)
+def pointwise(case: Case) -> None:
+    """Weights that are functions of their own score; the bias is one number."""
+    inputs = {name: tensor.requires_grad_() for name, tensor in case.group("input").items()}
+    bias = case.config.get("bias")
+    out = pointwise_attention(
+        inputs["q"],
+        inputs["k"],
+        inputs["v"],
+        activation="elu1" if case.config.get("similarity") == "elu" else "sigmoid",
+        bias=None if bias is None else torch.tensor(bias),
+        causal=case.config.get("causal", False),
+        normalise=case.config.get("normalise", False),
+        scale=case.config["scale"],
+    )
+    got = {"output.y": out}
+    case.compare(got | case.gradients(got, {f"input.{name}": tensor for name, tensor in inputs.items()}))

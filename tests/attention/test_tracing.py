@@ -8,10 +8,13 @@ import saccade.attention
 from saccade.attention import (
     attention,
     attention_lse,
+    combine_heads,
     decay_slopes,
     linear_attention,
     merge_partials,
     partitioned_attention,
+    pointwise_attention,
+    prefix_softmax_mean,
     sdpa,
     use_backend,
 )
@@ -102,6 +105,33 @@ class ClassesLayer(nn.Module):
 
 
 @pytest.fixture(params=[PlainLayer, SinkLayer, PartsLayer, LinearLayer, ClassesLayer])
+class PrefixLayer(nn.Module):
+    """Prefix mean with scores from query and key of the same token."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x):
+        query, key, value = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        out, lse = prefix_softmax_mean((query * key).sum(-1), value)
+        return x + (out + lse.unsqueeze(-1)).transpose(1, 2).flatten(2)
+
+
+class GatedSigmoidLayer(nn.Module):
+    """Pointwise attention with a learned bias for each head, and a gate for each head."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.gate, self.bias = nn.Linear(16, 48), nn.Linear(16, 2), nn.Parameter(torch.zeros(2, 1, 1))
+
+    def forward(self, x):
+        query, key, value = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        out = pointwise_attention(query, key, value, bias=self.bias, causal=True, normalise=True)
+        return x + combine_heads(out, torch.sigmoid(self.gate(x)))
+
+
+@pytest.fixture(params=[PlainLayer, SinkLayer, PartsLayer, LinearLayer, PrefixLayer, GatedSigmoidLayer])
 def model(request):
     """Two layers with fixed weights."""
     layers = nn.Sequential(request.param(), request.param()).eval()
