@@ -104,7 +104,6 @@ class ClassesLayer(nn.Module):
         return x + self.output(out.transpose(1, 2).flatten(2))
 
 
-@pytest.fixture(params=[PlainLayer, SinkLayer, PartsLayer, LinearLayer, ClassesLayer])
 class PrefixLayer(nn.Module):
     """Prefix mean with scores from query and key of the same token."""
 
@@ -131,7 +130,18 @@ class GatedSigmoidLayer(nn.Module):
         return x + combine_heads(out, torch.sigmoid(self.gate(x)))
 
 
-@pytest.fixture(params=[PlainLayer, SinkLayer, PartsLayer, LinearLayer, PrefixLayer, GatedSigmoidLayer])
+LAYERS = [
+    PlainLayer,
+    SinkLayer,
+    PartsLayer,
+    LinearLayer,
+    ClassesLayer,
+    PrefixLayer,
+    GatedSigmoidLayer,
+]
+
+
+@pytest.fixture(params=LAYERS)
 def model(request):
     """Two layers with fixed weights."""
     layers = nn.Sequential(request.param(), request.param()).eval()
