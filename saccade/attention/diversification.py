@@ -139,9 +139,12 @@ class DiversificationProblem:
     prefix_tokens: int
 
     def __str__(self) -> str:
-        extra = ["logit_multiplier"] * self.logit_multiplier
-        extra += [f"prefix_tokens {self.prefix_tokens}"] * (self.prefix_tokens > 0)
-        return ", ".join([str(self.scores), *extra])
+        s = self.scores
+        query, key = (s.batch, s.heads, s.queries, s.head_dim), (s.batch, s.kv_heads, s.keys, s.head_dim)
+        options = [name for name in ("mask", "bias") if getattr(s, name)] + ["logit_multiplier"] * self.logit_multiplier
+        options += [f"prefix_tokens {self.prefix_tokens}"] * (self.prefix_tokens > 0)
+        dtype = str(s.dtype).removeprefix("torch.")
+        return ", ".join([f"query {query}", f"key {key}", f"{dtype} on {s.device}", *options])
 
 
 def describe_diversification(
@@ -243,9 +246,10 @@ def scripted_attention_diversification(
 
 
 def example(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor, ...]:
-    """Return query and key of one shape ``(B, H, N, D)``, large enough that some weights pass the threshold."""
+    """Return query and key of one shape ``(B, H, N, D)``; the queries share a direction, so that the loss is not 0."""
     generator = torch.Generator().manual_seed(seed)
-    return tuple((2 * torch.randn(shape, generator=generator)).to(device, dtype) for _ in range(2))
+    query, key = (2 * torch.randn(shape, generator=generator) for _ in range(2))
+    return (query + 0.5).to(device, dtype), key.to(device, dtype)
 
 
 attention_diversification.__prepare_scriptable__ = lambda: scripted_attention_diversification  # type: ignore[attr-defined]

@@ -294,6 +294,12 @@ def test_wrong_maps(maps, options, message):
         attention_diversification_from_maps(maps, **options)
 
 
+def test_a_call_in_words():
+    (query, key), options = make(Layer(9, options="multiplier mask", prefix=1), torch.float32)
+    words = "query (2, 3, 9, 8), key (2, 3, 9, 8), float32 on cpu, mask, logit_multiplier, prefix_tokens 1"
+    assert explain(attention_diversification, query, key, **options).problem == words
+
+
 def test_what_the_kernels_cannot_do_is_said():
     (query, key), options = make(Layer(9, options="multiplier"), torch.float32)
     with pytest.raises(BackendError, match="take no bias, mask or logit multiplier"):
