@@ -403,12 +403,23 @@ def kernel_gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[T
 diversification_kernels.register_autograd(kernel_gradients, setup_context=save_for_backward)
 
 
-def builds() -> list[Build]:
-    """List every kernel in bfloat16 at two widths and in float32 at one."""
+def build(kernel: Any, width: int, dtype: torch.dtype) -> Build:  # noqa: ANN401
+    """Describe one kernel as it is launched for a head width and dtype."""
+    options = tile_options(width, dtype)
+    launch = options.pop("num_warps"), options.pop("num_stages")
+    constants = {**options, "PRECISION": "ieee", "UPCAST": False}
     strides = ("query_batch", "query_head", "query_row", "key_batch", "key_head", "key_row")
+    tensors = ("query", "key", "grad_mean", "grad_query", "grad_key")
     kinds = dict.fromkeys((*strides, "D"), "i32:16") | dict.fromkeys(("H", "GROUP", "N"), "i32")
     kinds |= dict.fromkeys(("scale", "tau", "epsilon"), "fp32")
-    result = []
+    kinds |= dict.fromkeys(tensors, "*bf16" if dtype == torch.bfloat16 else "*fp32")
+    signature = {name: kinds.get(name, "*fp32") for name in kernel.arg_names if name not in constants}
+    # Two registers: grad_key_kernel at width 64 on sm_80, pull_kernel in float32 on sm_90.
+    return Build(kernel, signature, constants, *launch, spill_bytes=8)
+
+
+BUILDS = [
+    build(kernel, width, dtype)
     for kernel in (
         row_lse_kernel,
         column_mean_kernel,
@@ -417,18 +428,6 @@ def builds() -> list[Build]:
         grad_mean_kernel,
         grad_query_kernel,
         grad_key_kernel,
-    ):
-        for width, dtype in ((64, torch.bfloat16), (128, torch.bfloat16), (64, torch.float32)):
-            options = tile_options(width, dtype)
-            launch = options.pop("num_warps"), options.pop("num_stages")
-            constants = {**options, "PRECISION": "ieee", "UPCAST": False}
-            tensors = ("query", "key", "grad_mean", "grad_query", "grad_key")
-            kinds |= dict.fromkeys(tensors, "*bf16" if dtype == torch.bfloat16 else "*fp32")
-            names = [name for name in kernel.arg_names if name not in constants]
-            signature = {name: kinds.get(name, "*fp32") for name in names}
-            # Two registers: grad_key_kernel at width 64 on sm_80, pull_kernel in float32 on sm_90.
-            result.append(Build(kernel, signature, constants, *launch, spill_bytes=8))
-    return result
-
-
-BUILDS = builds()
+    )
+    for width, dtype in ((64, torch.bfloat16), (128, torch.bfloat16), (64, torch.float32))
+]
