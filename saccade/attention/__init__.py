@@ -13,10 +13,11 @@ from saccade.attention.context_mixing import context_mixing
 from saccade.attention.decay import LinearAttention, decay_slopes
 from saccade.attention.dispatch import Decision, Explanation, Operator, explain, operators, use_backend
 from saccade.attention.diversification import attention_diversification, attention_diversification_from_maps
+from saccade.attention.entropy import attention_entropy
 from saccade.attention.gates import combine_heads
 from saccade.attention.key_classes import PartitionedAttention, Segments
 from saccade.attention.linear import linear_attention
-from saccade.attention.merge import AttentionLSE, merge_partials
+from saccade.attention.merge import AttentionEntropy, AttentionLSE, merge_partials
 from saccade.attention.partitioned import partitioned_attention
 from saccade.attention.pointwise import pointwise_attention
 from saccade.attention.pooling import AttentionPooling, attention_pooling
@@ -25,6 +26,7 @@ from saccade.attention.softmax import attention, attention_lse
 from saccade.attention.token_pooling import token_average_pooling
 
 __all__ = [
+    "AttentionEntropy",
     "AttentionLSE",
     "AttentionPooling",
     "AttentionStatistics",
@@ -38,6 +40,7 @@ __all__ = [
     "attention",
     "attention_diversification",
     "attention_diversification_from_maps",
+    "attention_entropy",
     "attention_lse",
     "attention_pooling",
     "attention_statistics",

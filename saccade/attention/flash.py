@@ -10,11 +10,74 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.attention.kernels.runtime import dot_precision, padded
+from saccade.attention.dispatch import Decision
+from saccade.attention.kernels.runtime import can_run_triton, dot_precision, padded
+from saccade.attention.merge import AttentionEntropy, AttentionLSE
+from saccade.attention.problem import Problem
 
-__all__ = ["softmax_attention", "softmax_parts"]
+__all__ = ["can_run_flash", "flash_attention_entropy", "flash_attention_lse", "softmax_attention", "softmax_parts"]
+
+WIDEST = 256  # columns of a block of rows
 
 AXES = {"query": "bhld", "key": "bhsd", "value": "bhsd", "mask": "bhls", "bias": "bhls"}
+
+
+def can_run_flash(problem: Problem) -> Decision:
+    """Say whether the kernels can serve."""
+    if problem.bias_requires_grad:
+        return Decision(False, "the kernel gives no gradient of the bias")
+    if problem.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return Decision(False, f"the kernel computes in float32, not in {problem.dtype}")
+    if max(problem.head_dim, problem.value_dim) > WIDEST:
+        return Decision(False, f"the kernel takes heads up to {WIDEST} wide")
+    if problem.empty or problem.value_dim == 0:
+        return Decision(False, "the kernel needs at least one sample, query, key and value column")
+    return can_run_triton(problem.device, exporting=problem.exporting)
+
+
+def flash_attention_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    causal: bool,
+    scale: float | None,
+) -> AttentionLSE:
+    """Run the kernel over all keys."""
+    out, lse, _ = run_whole(query, key, value, mask, bias, causal, scale, entropy=False)
+    return AttentionLSE(out, lse)
+
+
+def flash_attention_entropy(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    causal: bool,
+    scale: float | None,
+) -> AttentionEntropy:
+    """Run the kernel over all keys with one more sum for each query."""
+    return AttentionEntropy(*run_whole(query, key, value, mask, bias, causal, scale, entropy=True))
+
+
+def run_whole(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    *,
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the operator on one part that holds all keys, and drop the axis of the parts."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    options = (as_bytes(mask), bias, None, None, None, None, None, 0, causal, scale, entropy)
+    out, lse, entropies = softmax_attention(query, key, value, *options)
+    return out[:, :, 0], lse[:, :, 0], entropies[:, :, 0] if entropy else entropies
 
 
 def softmax_parts(

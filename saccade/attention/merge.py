@@ -8,7 +8,7 @@ from torch import Tensor
 
 from saccade.errors import ShapeError
 
-__all__ = ["AttentionLSE", "merge_partials"]
+__all__ = ["AttentionEntropy", "AttentionLSE", "merge_partials"]
 
 
 class AttentionLSE(NamedTuple):
@@ -21,6 +21,20 @@ class AttentionLSE(NamedTuple):
 
     out: Tensor
     lse: Tensor
+
+
+class AttentionEntropy(NamedTuple):
+    """Attention output, the log-sum-exp of its scores and the entropy of its weights.
+
+    Args:
+        out: ``(B, H, L, Dv)``, dtype of the query.
+        lse: ``(B, H, L)``, as in :class:`AttentionLSE`.
+        entropy: ``(B, H, L)``, nats, float32 (float64 for float64 input); 0 where one key or none is visible.
+    """
+
+    out: Tensor
+    lse: Tensor
+    entropy: Tensor
 
 
 def merge_partials(partials: list[AttentionLSE]) -> AttentionLSE:

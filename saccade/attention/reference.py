@@ -12,12 +12,13 @@ from torch import Tensor
 
 from saccade.attention.decay import LinearAttention
 from saccade.attention.key_classes import PartitionedAttention
-from saccade.attention.merge import AttentionLSE
+from saccade.attention.merge import AttentionEntropy, AttentionLSE
 
 __all__ = [
     "attention",
     "attention_diversification",
     "attention_diversification_from_maps",
+    "attention_entropy",
     "attention_lse",
     "attention_pooling",
     "combine_heads",
@@ -355,6 +356,26 @@ def combine_heads(out: Tensor, gates: Tensor) -> Tensor:
     if gates.dim() == 3:
         gates = gates.unsqueeze(-1)
     return (out.to(wide(out)).transpose(1, 2) * gates.to(wide(out))).flatten(2).to(out.dtype)
+
+
+def attention_entropy(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> AttentionEntropy:
+    """Compute attention and ``-sum_j p_ij log(p_ij)``; arguments as :func:`saccade.attention.attention_entropy`.
+
+    Returns:
+        Output ``(B, H, L, Dv)``, log-sum-exp ``(B, H, L)`` and entropy ``(B, H, L)``.
+    """
+    weights, lse = softmax_weights(query, key, mask, bias, causal, scale)
+    logarithms = weights.masked_fill(weights == 0.0, 1.0).log()  # 0 log 0 = 0, also in the gradient
+    entropy = -(weights * logarithms).sum(-1)
+    return AttentionEntropy((weights @ per_query_head(value, query)).to(query.dtype), lse, entropy)
 
 
 def softmax_weights(

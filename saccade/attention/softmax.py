@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saccade.attention import reference
 from saccade.attention.dispatch import Backend, Decision, Operator, register
+from saccade.attention.flash import can_run_flash, flash_attention_lse
 from saccade.attention.merge import AttentionLSE
 from saccade.attention.problem import Problem, describe
 from saccade.attention.sdpa import can_run_attention, can_run_attention_lse, sdpa_attention, sdpa_attention_lse
@@ -91,7 +92,7 @@ def attention_lse(
         bias: Floating point, broadcastable to ``(B, H, L, S)``; may require a gradient.
         causal: Query ``i`` sees keys ``j <= i + S - L``.
         scale: Factor of the products; ``None`` means ``D ** -0.5``.
-        backend: ``"auto"``, ``"sdpa"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"sdpa"`` or ``"reference"``.
 
     Returns:
         Output and log-sum-exp; a query that sees no key gets zeros and ``-inf``, and no gradient.
@@ -170,6 +171,7 @@ ATTENTION_LSE = register(
         function=attention_lse,
         summary="attention and the log-sum-exp of its scores, for exact merging of partial results",
         backends=(
+            Backend("triton", can_run_flash, flash_attention_lse),
             Backend("sdpa", can_run_attention_lse, sdpa_attention_lse),
             Backend("reference", always, reference.attention_lse),
         ),

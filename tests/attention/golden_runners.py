@@ -3,6 +3,7 @@
 import torch
 
 from saccade.attention import (
+    AttentionLSE,
     attention,
     attention_diversification,
     attention_diversification_from_maps,
@@ -11,6 +12,7 @@ from saccade.attention import (
     context_mixing,
     decay_slopes,
     linear_attention,
+    merge_partials,
     partitioned_attention,
     pointwise_attention,
     prefix_softmax_mean,
@@ -37,6 +39,20 @@ def sink_logit(case: Case) -> None:
         "output.sink_mass": torch.sigmoid(sink - lse),
         "output.y": out * torch.sigmoid(lse - sink).unsqueeze(-1),
     }
+    case.compare(got | case.gradients(got, {f"input.{name}": tensor for name, tensor in inputs.items()}))
+
+
+@runner("attention.sink.k_bias_headwise", "attention.sink.kv_bias")
+def sink_key(case: Case) -> None:
+    """A learned key that every query sees, its value learned or zero: one more part, merged."""
+    inputs = {name: tensor.requires_grad_() for name, tensor in case.group("input").items()}
+    query = inputs["q"]
+    sink = inputs["k_bias"].expand(query.shape[1], -1)[:, :, None]  # (H, D, 1), shared by the heads or not
+    logit = (query @ sink).squeeze(-1) * query.shape[-1] ** -0.5
+    value = inputs.get("v_bias", torch.zeros(()))
+    keys = attention_lse(query, inputs["k"], inputs["v"], causal=case.config["causal"])
+    out, lse = merge_partials([keys, AttentionLSE(value.expand_as(keys.out), logit)])
+    got = {"output.y": out, "output.sink_mass": torch.exp(logit - lse)}
     case.compare(got | case.gradients(got, {f"input.{name}": tensor for name, tensor in inputs.items()}))
 
 

@@ -1,14 +1,14 @@
-"""``attention`` and ``attention_lse``: every backend against the literal form, and the conventions of the package."""
+"""``attention``, ``attention_lse`` and ``attention_entropy``: every backend against the literal form, and the conventions of the package."""
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saccade.attention import attention, attention_lse, explain, reference, sdpa
+from saccade.attention import attention, attention_entropy, attention_lse, explain, reference, sdpa
 from tests.attention.cases import SHAPES, Shape, gradients, make, visible
 from tests.helpers import assert_close, randn
 
-OPERATORS = {"attention": attention, "attention_lse": attention_lse}
+OPERATORS = {"attention": attention, "attention_lse": attention_lse, "attention_entropy": attention_entropy}
 
 
 def run(operator, tensors, options, backend):
@@ -28,7 +28,8 @@ def test_every_backend_equals_the_reference(shape, name, dtype):
     wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
     expected, expected_grads = run(operator, wide, as_double(options), "reference")
     for row in explain(operator, *tensors, **options).rows:
-        if row.ok:
+        # The interpreter is slow, and attention_entropy returns all that the kernel computes for attention_lse.
+        if row.ok and (row.automatic or operator is attention_entropy):
             outputs, grads = run(operator, tensors, options, row.backend)
             for got, want in zip(outputs + grads, expected + expected_grads, strict=True):
                 assert_close(got, want)
@@ -52,9 +53,9 @@ def test_half_precision_accumulates_in_float32(name, dtype):
     outputs, grads = run(OPERATORS[name], tensors, options, "sdpa")
     assert all(grad.dtype == dtype for grad in grads)
     assert_close(outputs[0], expected[0])
-    if name == "attention_lse":
-        assert outputs[1].dtype == torch.float32
-        assert_close(outputs[1], expected[1], atol=1e-3)
+    for got, want in zip(outputs[1:], expected[1:], strict=True):
+        assert got.dtype == torch.float32
+        assert_close(got, want, atol=1e-3)
     for got, want in zip(grads, expected_grads, strict=True):
         # Measured: 0.65 % of the largest gradient in bfloat16, 0.08 % in float16; both are sums of rounded terms.
         assert (got.double() - want).abs().max() <= (1e-2 if dtype == torch.bfloat16 else 2e-3) * want.abs().max()
@@ -94,9 +95,9 @@ def test_queries_that_see_nothing_get_zeros(shape, name, backend):
     assert not outputs[0][blind].any()
     assert not grads[0][blind].any()
     assert all(grad.isfinite().all() for grad in grads)
-    if name == "attention_lse":
-        assert (outputs[1][blind] == -torch.inf).all()
-        assert outputs[1][~blind].isfinite().all()
+    for got, nothing in zip(outputs[1:], (-torch.inf, 0.0), strict=False):
+        assert (got[blind] == nothing).all()
+        assert got[~blind].isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s.mask or s.bias], ids=str)
@@ -124,14 +125,14 @@ def test_gradcheck(name):
     shape = Shape(5, 7, 3, 4, heads=2, kv_heads=1, causal=True)
     tensors, options = make(shape, torch.float64)
     mask = randn(2, 2, 5, 7, seed=8) > -1
-    bias = randn(2, 5, 7, seed=7, dtype=torch.float64)
+    bias = randn(1, 7, seed=7, dtype=torch.float64)
     function = OPERATORS[name]
     for backend in ("sdpa", "reference"):
         assert torch.autograd.gradcheck(lambda *t, b=backend: function(*t, **options, backend=b), tensors)
         assert torch.autograd.gradcheck(
             lambda *t, b=backend: function(*t, **options, mask=mask, bias=bias, backend=b), tensors
         )
-    bias.requires_grad_()
+    bias = randn(2, 5, 7, seed=7, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda *t: function(*t[:3], **options, bias=t[3]), [*tensors, bias])
 
 
@@ -165,12 +166,14 @@ class NoScores(TorchDispatchMode):
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("queries", "keys"), [(197, 197), (150, 197), (197, 150)])
-def test_attention_lse_never_holds_the_scores(queries, keys, causal):
+@pytest.mark.parametrize("name", ["attention_lse", "attention_entropy"])
+def test_never_holds_the_scores(name, queries, keys, causal):
     query = randn(1, 2, queries, 8).requires_grad_()
     key, value = (randn(1, 2, keys, 8, seed=i).requires_grad_() for i in (1, 2))
     with NoScores(queries * keys):
-        out, lse = attention_lse(query, key, value, causal=causal, backend="sdpa")
-        torch.autograd.grad(out.sum() + lse.masked_fill(lse == -torch.inf, 0).sum(), [query, key, value])
+        outputs = OPERATORS[name](query, key, value, causal=causal, backend="sdpa")
+        loss = sum(result.masked_fill(result == -torch.inf, 0).sum() for result in outputs)
+        torch.autograd.grad(loss, [query, key, value])
 
 
 def test_the_detector_of_scores_detects_them():
@@ -185,7 +188,7 @@ def test_falls_back_where_torch_lacks_the_private_kernel(monkeypatch):
     monkeypatch.setattr(sdpa, "HAS_FLASH_CPU", False)
     explanation = explain(attention_lse, *tensors, **options)
     assert explanation.chosen == "reference"
-    assert "has no aten::" in explanation.rows[0].reason
+    assert "has no aten::" in explanation.rows[1].reason
     for got, want in zip(attention_lse(*tensors, **options), expected, strict=True):
         assert_close(got, want)
 
@@ -214,3 +217,20 @@ def test_dropout_is_only_where_it_is_asked_for():
     dropped = attention(query, key, value, dropout_p=0.5)
     assert_close(dropped, torch.ones_like(dropped), atol=0.05)
     assert not torch.equal(dropped, attention(query, key, value))
+
+
+def test_entropy_is_that_of_the_weights():
+    """Against the definition, on weights from one hot to equal."""
+    query, key = randn(1, 1, 6, 8) * torch.tensor([0.0, 0.1, 1.0, 3.0, 10.0, 100.0])[:, None], randn(1, 1, 9, 8, seed=1)
+    for backend in ("sdpa", "reference"):
+        entropy = attention_entropy(query, key, key, backend=backend).entropy
+        weights = (query.double() @ key.double().mT / 8**0.5).softmax(-1)
+        assert_close(entropy, torch.special.entr(weights).sum(-1), atol=1e-4)
+        assert entropy[0, 0, 0] == pytest.approx(torch.tensor(9.0).log().item(), abs=1e-5)
+        assert (entropy >= 0).all()
+
+
+def test_entropy_of_a_bias_that_differs_between_queries_needs_the_scores():
+    query, key = randn(1, 4, 5, 8), randn(1, 2, 7, 8, seed=1)
+    for shape, chosen in {(7,): "sdpa", (1, 1, 1, 7): "sdpa", (4, 1, 7): "reference", (5, 7): "reference"}.items():
+        assert explain(attention_entropy, query, key, key, bias=randn(*shape, seed=2)).chosen == chosen

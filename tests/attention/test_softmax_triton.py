@@ -1,93 +1,180 @@
-"""The Triton kernels of softmax attention: on a GPU where there is one, else through Triton's interpreter."""
+"""The Triton kernels of softmax attention over parts: interpreted on the CPU, and on a GPU where there is one.
+
+``test_softmax.py`` compares them as a backend of ``attention_lse`` and ``attention_entropy``.
+"""
+
+import importlib.util
 
 import pytest
 import torch
 
-from saccade.attention import reference
-from saccade.attention.flash import softmax_parts
-from tests.attention.cases import gradients
-from tests.helpers import assert_close, randn
+from saccade.attention import attention_entropy, attention_lse, explain, reference
+from saccade.attention.flash import softmax_attention, softmax_parts
+from tests.attention.cases import Shape, gradients, make
+from tests.helpers import TOLERANCES, assert_close, randn
 
-pytest.importorskip("triton")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+cuda = torch.cuda.is_available()
+interpreted = pytest.mark.skipif(cuda or importlib.util.find_spec("triton") is None, reason="needs Triton and no GPU")
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not cuda, reason="needs a CUDA device")]
+OPCHECK_WARNING = "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"  # opcheck itself looks
 
-
-def parts_problem(queries, keys, heads=4, kv_heads=2, order_heads=1, parts=3, dtype=torch.float32, excluded=True):
-    """Query, key and value, a label of each key, and what the kernel reads of them; part 1 of sample 0 is empty."""
-    batch, head_dim, value_dim = 2, 24, 16
-    query = randn(batch, queries, heads, head_dim, seed=1, dtype=dtype).transpose(1, 2)
-    key = randn(batch, keys, kv_heads, head_dim, seed=2, dtype=dtype).transpose(1, 2)
-    value = randn(batch, keys, kv_heads, value_dim, seed=3, dtype=dtype).transpose(1, 2)
-    labels = torch.randint(-excluded, parts, (batch, order_heads, keys), generator=torch.Generator().manual_seed(7))
-    labels[0] = labels[0].where(labels[0] != 1, 0)
-    order = labels.argsort(dim=-1, stable=True).int()
-    classes = torch.arange(-1, parts)[:, None]
-    counts = (labels.unsqueeze(-2) == classes).sum(-1)  # (B, Hs, P + 1)
-    return [query, key, value], labels, order, counts.cumsum(-1).int()
-
-
-def literal_parts(tensors, labels, parts, options):
-    """Each part by the literal form of ``attention_lse`` under a mask."""
-    query, key, value = tensors
-    visible = options.get("mask")
-    visible = torch.ones(1, 1, 1, 1, dtype=torch.bool) if visible is None else visible
-    key_bias, key_positions, query_positions = (
-        options.get(n) for n in ("key_bias", "key_positions", "query_positions")
-    )
-    if options.get("causal"):
-        if key_positions is None:
-            key_positions = torch.arange(key.shape[2])[None]
-        if query_positions is None:
-            query_positions = torch.arange(query.shape[2])[None] + key.shape[2] - query.shape[2]
-        visible = visible & (key_positions[:, None, None, :] <= query_positions[:, None, :, None])
-    scale, results = options.get("scale"), []
-    for part in range(parts):
-        mask = visible & (labels == part)[:, :, None]
-        results.append(reference.attention_lse(query, key, value, mask, scale=scale))
-    if key_bias is not None:
-        mask = visible & (labels == options["weighted_part"])[:, :, None]
-        results.append(reference.attention_lse(query, key, value, mask, key_bias[:, :, None], scale=scale))
-    return torch.stack([r.out for r in results], 2), torch.stack([r.lse for r in results], 2)
-
-
-def to(argument, device):
-    """Move a tensor, detached and wanting a gradient where it is floating point; leave anything else."""
-    if not isinstance(argument, torch.Tensor):
-        return argument
-    return argument.detach().to(device).requires_grad_(argument.is_floating_point())
-
-
+# Options of softmax_parts; "order_heads" and the sizes are of the problem.
 PARTS = {
-    "plain": {},
-    "causal": {"causal": True},
-    "mask": {"mask": randn(2, 1, 19, 70, seed=4) > 0},
-    "weighted": {"key_bias": True, "weighted_part": 2, "scale": 0.3},
+    "plain": {"queries": 19, "keys": 40},
+    "causal": {"queries": 40, "keys": 150, "causal": True, "parts": 2, "heads": 2, "kv_heads": 1},
+    "mask": {"queries": 7, "keys": 40, "mask": randn(2, 1, 7, 40, seed=4) > 0},
+    "decoding": {"queries": 1, "keys": 70, "causal": True, "key_bias": True, "weighted_part": 1, "scale": 0.3},
+    "weighted": {"queries": 19, "keys": 70, "key_bias": True, "weighted_part": 2, "scale": 0.3, "order_heads": 4},
     "positions": {
+        "queries": 19,
+        "keys": 70,
         "causal": True,
-        "query_positions": torch.tensor([range(30, 49), range(3, 60, 3)]).flip(1),
+        "query_positions": torch.tensor([[*range(30, 49)], [*range(3, 60, 3)]]).flip(1),
         "key_positions": (torch.arange(70) - 12).clamp(min=0)[None],
         "key_bias": True,
         "weighted_part": 0,
+        "heads": 2,
+        "kv_heads": 1,
+        "order_heads": 2,
     },
+    "many parts": {"queries": 5, "keys": 23, "parts": 9, "heads": 1, "kv_heads": 1, "key_bias": True},
 }
 
 
-@pytest.mark.parametrize(("name", "order_heads"), [*((name, 1) for name in PARTS), ("weighted", 4), ("positions", 4)])
-def test_parts_equal_attention_to_each_part_alone(name, order_heads):
-    tensors, labels, order, bounds = parts_problem(19, 70, order_heads=order_heads)
+def make_parts(name, dtype=torch.float32):
+    """Return query, key, value, and the key bias if there is one, labels of the keys (-1 = in no part) and options."""
     options = dict(PARTS[name])
-    if "key_bias" in options:
-        options["key_bias"] = randn(2, order_heads, 70, seed=5)
-        options["key_bias"][1, :, ::3] = -torch.inf
-    given = [to(t, DEVICE) for t in tensors]
-    moved = {option: to(argument, DEVICE) for option, argument in options.items()}
-    outputs = softmax_parts(*given, order.to(DEVICE), bounds.to(DEVICE), **moved)
-    wanted = [*given, *(moved[option] for option in moved if option == "key_bias")]
-    exact = [t.detach().double().requires_grad_() for t in tensors]
-    if "key_bias" in options:
-        options["key_bias"] = options["key_bias"].double().requires_grad_()
-    expected = literal_parts(exact, labels, 3, options)
-    wanted_exact = [*exact, *(options[option] for option in options if option == "key_bias")]
-    expected_grads = gradients(list(expected), wanted_exact)
-    for got, want in zip([*outputs, *gradients(list(outputs), wanted)], [*expected, *expected_grads], strict=True):
+    sizes = {"heads": 4, "kv_heads": 2, "order_heads": 1, "parts": 3}
+    queries, keys = options.pop("queries"), options.pop("keys")
+    heads, kv_heads, order_heads, parts = (options.pop(word, size) for word, size in sizes.items())
+    query = randn(2, queries, heads, 24, seed=1, dtype=dtype).transpose(1, 2)
+    key = randn(2, keys, kv_heads, 24, seed=2, dtype=dtype).transpose(1, 2)
+    value = randn(2, keys, kv_heads, 16, seed=3, dtype=dtype).transpose(1, 2)
+    labels = torch.randint(-1, parts, (2, order_heads, keys), generator=torch.Generator().manual_seed(7))
+    labels[0] = labels[0].where(labels[0] != 1, 0)  # one part of one sample is empty
+    tensors = [query, key, value]
+    if options.pop("key_bias", False):
+        tensors.append(randn(2, order_heads, keys, seed=5))
+        tensors[3][1, :, ::3] = -torch.inf
+    options["order"] = labels.argsort(dim=-1, stable=True).int()
+    options["bounds"] = (labels.unsqueeze(-2) == torch.arange(-1, parts)[:, None]).sum(-1).cumsum(-1).int()
+    return tensors, labels, options
+
+
+def run_parts(tensors, options, device):
+    """Return results of the kernel and gradients."""
+    tensors = [tensor.detach().to(device).requires_grad_() for tensor in tensors]
+    options = {word: o.to(device) if isinstance(o, torch.Tensor) else o for word, o in options.items()}
+    key_bias = tensors[3] if len(tensors) > 3 else None
+    outputs = list(softmax_parts(*tensors[:3], **options, key_bias=key_bias))
+    return outputs + gradients(outputs, tensors)
+
+
+def run_literally(tensors, labels, options):
+    """Return results and gradients of the literal form of ``attention_lse``, one call for each part, under a mask."""
+    query, key, value, *key_bias = tensors = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    visible = options.get("mask", torch.ones(1, 1, 1, 1, dtype=torch.bool))
+    if options.get("causal"):
+        keys = options.get("key_positions", torch.arange(key.shape[2])[None])
+        queries = options.get("query_positions", torch.arange(query.shape[2])[None] + key.shape[2] - query.shape[2])
+        visible = visible & (keys[:, None, None, :] <= queries[:, None, :, None])
+    runs = [(part, None) for part in range(options["bounds"].shape[-1] - 1)]
+    runs += [(options.get("weighted_part", 0), bias[:, :, None]) for bias in key_bias]
+    results = []
+    for part, bias in runs:
+        mask = visible & (labels == part)[:, :, None]
+        results.append(reference.attention_lse(query, key, value, mask, bias, False, options.get("scale")))
+    outputs = [torch.stack([r.out for r in results], 2), torch.stack([r.lse for r in results], 2)]
+    return outputs + gradients(outputs, tensors)
+
+
+def compare(name, dtype, device):
+    """Compare outputs within the tolerance of the dtype, gradients relative to the largest element."""
+    tensors, labels, options = make_parts(name, dtype)
+    expected = run_literally(tensors, labels, options)
+    share = {torch.float32: 1e-5, torch.float16: 8e-3, torch.bfloat16: 2e-2}[dtype]
+    for got, want in zip(run_parts(tensors, options, device), expected, strict=True):
+        largest = max([1.0, *want.detach().nan_to_num(neginf=0.0).abs().flatten().tolist()])
+        assert_close(got, want, rtol=0, atol=max(share, TOLERANCES[dtype]["atol"]) * largest)
+
+
+@interpreted
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_equal_attention_to_each_part_alone(name):
+    compare(name, torch.float32, "cpu")
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_interpreted_half_precision_is_computed_in_float32(dtype):
+    compare("decoding", dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=on_gpu) for name in PARTS])
+def test_parts_on_a_gpu(name, dtype):
+    compare(name, dtype, "cuda")
+
+
+def same_twice(device):
+    tensors, _, options = make_parts("many parts")
+    first, second = (run_parts(tensors, options, device) for _ in range(2))
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@interpreted
+def test_backward_is_deterministic():
+    assert same_twice("cpu")
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=on_gpu)])
+def test_backward_is_deterministic_on_a_gpu(device):
+    assert same_twice(device)
+
+
+@interpreted
+def test_parts_of_all_keys_unite_to_attention():
+    tensors, _, options = make_parts("plain")
+    keys = tensors[1].shape[2]
+    cuts = torch.tensor([0, 3, 17, keys], dtype=torch.int32).expand(2, 1, 4).contiguous()
+    out, lse = softmax_parts(*tensors, options["order"], cuts)
+    share = (lse - lse.logsumexp(2, keepdim=True)).exp()
+    assert_close((share.unsqueeze(-1) * out).sum(2), reference.attention(*tensors))
+
+
+@interpreted
+@pytest.mark.filterwarnings(OPCHECK_WARNING)
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_opcheck(with_entropy):
+    tensors, _, options = make_parts("many parts")
+    query, key, value, key_bias = (tensor[:1, :, :6].detach().requires_grad_() for tensor in tensors)
+    key_bias = tensors[3][:1, :, :6].detach().requires_grad_()
+    order = torch.arange(6, dtype=torch.int32)[None, None]
+    bounds = torch.tensor([[[0, 2, 6]]], dtype=torch.int32)
+    places = (None, None, None, None, None, 0) if with_entropy else (order, bounds, None, None, key_bias, 1)
+    torch.library.opcheck(softmax_attention, (query, key, value, None, None, *places, True, 0.3, with_entropy))
+
+
+@interpreted
+@pytest.mark.slow
+def test_compile_without_graph_breaks():
+    tensors, options = make(Shape(9, 17, 8, 8, causal=True))
+    compiled = torch.compile(attention_entropy, fullgraph=True, backend="aot_eager")
+    outputs, expected = (list(f(*tensors, **options, backend="triton")) for f in (compiled, attention_entropy))
+    for got, want in zip(outputs + gradients(outputs, tensors), expected + gradients(expected, tensors), strict=True):
         assert_close(got, want)
+
+
+def test_what_the_kernel_cannot_do():
+    tensors = [randn(1, 1, 2, 8, seed=i) for i in range(3)]
+    bias = torch.zeros(2, 2, requires_grad=True)
+    wide = randn(1, 1, 2, 300)
+    for arguments, options, reason in [
+        (tensors, {"bias": bias}, "no gradient of the bias"),
+        ([t.double() for t in tensors], {}, "computes in float32, not in torch.float64"),
+        ([*tensors[:2], wide], {}, "up to 256 wide"),
+        ([t[:, :, :0] for t in tensors], {}, "at least one sample, query, key"),
+    ]:
+        row = explain(attention_lse, *arguments, **options).rows[0]
+        assert (row.backend, row.ok) == ("triton", False)
+        assert reason in row.reason

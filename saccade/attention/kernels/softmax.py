@@ -217,8 +217,8 @@ def forward_kernel(
             decay = tl.exp2(peak - safe)
             if entropy is not None:
                 rise = tl.where(peak == -float("inf"), 0.0, peak - safe)
-                terms = tl.where(shifted == -float("inf"), 0.0, weights * shifted)
-                moment = (moment + rise * total) * decay + tl.sum(terms, 1)
+                finite = tl.where(shifted == -float("inf"), 0.0, shifted)
+                moment = (moment + rise * total) * decay + tl.sum(weights * finite, 1)
             total = total * decay + tl.sum(weights, 1)
             sums = sums * decay[:, None]
             sums = tl.dot(weights.to(v.dtype), v, sums, input_precision=PRECISION)
@@ -471,7 +471,6 @@ def build(kernel: Any, width: int, element: str, variant: str) -> Build:  # noqa
     return Build(kernel, signature, constants, launch["num_warps"], launch["num_stages"], spill_bytes)
 
 
-# forward_kernel, query_gradient_kernel and key_gradient_kernel
 BUILDS = [
     build(kernel, width, element, variant)
     for kernel in (forward_kernel, query_gradient_kernel, key_gradient_kernel)
