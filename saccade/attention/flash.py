@@ -363,7 +363,7 @@ def softmax_attention_backward_fake(
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:  # noqa: ANN401
     """Keep what the gradient kernels read: inputs and results, nothing of the size of the scores."""
-    *tensors, ctx.weighted_part, ctx.causal, ctx.scale, _ = inputs
+    *tensors, ctx.weighted_part, ctx.causal, ctx.scale, ctx.with_entropy = inputs
     ctx.save_for_backward(*output, *tensors)
     ctx.set_materialize_grads(False)
 
@@ -376,6 +376,8 @@ def differentiate(
 ) -> tuple[Tensor | None, ...]:
     """Run the backward operator; cotangents that are absent are zeros without memory."""
     out, lse, entropy, *tensors = ctx.saved_tensors
+    if not ctx.with_entropy:
+        grad_entropy = None  # an empty tensor has a cotangent too
     if grad_out is None:
         grad_out = out.new_zeros(()).expand(out.shape)
     if grad_lse is None:

@@ -146,9 +146,8 @@ def test_parts_of_all_keys_unite_to_attention():
 @pytest.mark.filterwarnings(OPCHECK_WARNING)
 @pytest.mark.parametrize("with_entropy", [False, True])
 def test_opcheck(with_entropy):
-    tensors, _, options = make_parts("many parts")
-    query, key, value, key_bias = (tensor[:1, :, :6].detach().requires_grad_() for tensor in tensors)
-    key_bias = tensors[3][:1, :, :6].detach().requires_grad_()
+    shapes = [(1, 2, 5, 8), (1, 1, 6, 8), (1, 1, 6, 4), (1, 1, 6)]
+    query, key, value, key_bias = (randn(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes))
     order = torch.arange(6, dtype=torch.int32)[None, None]
     bounds = torch.tensor([[[0, 2, 6]]], dtype=torch.int32)
     places = (None, None, None, None, None, 0) if with_entropy else (order, bounds, None, None, key_bias, 1)
