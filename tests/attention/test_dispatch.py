@@ -120,6 +120,7 @@ def test_explanation_as_text():
     text = str(explain(attention_lse, *TENSORS, bias=BIAS, causal=True))
     assert text.splitlines() == [
         "attention_lse: query (1, 2, 5, 8), key (1, 2, 5, 8), Dv 8, float32 on cpu, bias, causal",
+        "   triton     no   the kernel gives no gradient of the bias",
         "   sdpa       no   the kernel gives no gradient of the bias",
         "-> reference  yes  literal form, holds the L x S scores",
     ]

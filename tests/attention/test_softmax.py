@@ -1,4 +1,4 @@
-"""``attention``, ``attention_lse`` and ``attention_entropy``: every backend against the literal form, and the conventions of the package."""
+"""The softmax operators: every backend against the literal form, and the conventions of the package."""
 
 import pytest
 import torch
