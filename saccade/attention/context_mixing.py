@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch import Tensor
 from saccade.attention import reference
 from saccade.attention.dispatch import Backend, Decision, Operator, register
 from saccade.attention.kernels.runtime import can_run_triton
+from saccade.attention.recompute import register_backward
 from saccade.attention.windows import TileRow, Windows
 from saccade.errors import ShapeError
 
@@ -352,24 +352,7 @@ def mix_tiles_backward(
     return grad_query.to(query.dtype), grads[0], grads[2], grads[1], grads[3], grad_value.to(value.dtype)
 
 
-@mix_tiles_backward.register_fake
-def mix_tiles_backward_fake(grad_out: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
-    """Return gradients of the right shapes, dtypes and strides."""
-    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in saved)
-
-
-def keep_arguments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401
-    """Keep the arguments; everything else is computed again."""
-    ctx.save_for_backward(*inputs)
-
-
-def differentiate(ctx: Any, grad_out: Tensor) -> tuple[Tensor, ...]:  # noqa: ANN401
-    """Return the gradients of all arguments."""
-    grads: tuple[Tensor, ...] = mix_tiles_backward(grad_out, *ctx.saved_tensors)
-    return grads
-
-
-mix_tiles.register_autograd(differentiate, setup_context=keep_arguments)
+register_backward(mix_tiles, mix_tiles_backward)
 
 
 def always(problem: MixingProblem) -> Decision:

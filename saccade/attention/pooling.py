@@ -3,7 +3,7 @@
 # No `from __future__ import annotations` here: TorchScript does not resolve quoted annotations of a NamedTuple.
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from saccade.attention import reference
 from saccade.attention.dispatch import Backend, Decision, Operator, register
 from saccade.attention.kernels.runtime import can_run_triton
+from saccade.attention.recompute import register_backward
 from saccade.errors import ShapeError
 
 __all__ = ["AttentionPooling", "attention_pooling"]
@@ -178,27 +179,7 @@ def pool_values_backward(grad_out: Tensor, weights: Tensor, value: Tensor) -> tu
     return grad_weights, grad_value
 
 
-@pool_values_backward.register_fake
-def pool_values_backward_fake(grad_out: Tensor, weights: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Return gradients of the right shapes, dtypes and strides."""
-    return (
-        torch.empty_like(weights, memory_format=torch.contiguous_format),
-        torch.empty_like(value, memory_format=torch.contiguous_format),
-    )
-
-
-def keep_arguments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401
-    """Keep the arguments; everything else is computed again."""
-    ctx.save_for_backward(*inputs)
-
-
-def differentiate_pool_values(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
-    """Return the gradients of weights and value."""
-    grads: tuple[Tensor, Tensor] = pool_values_backward(grad_out, *ctx.saved_tensors)
-    return grads
-
-
-pool_values.register_autograd(differentiate_pool_values, setup_context=keep_arguments)
+register_backward(pool_values, pool_values_backward)
 
 
 def triton_attention_pooling(scores: Tensor, value: Tensor, mask: Tensor | None) -> AttentionPooling:
@@ -206,7 +187,7 @@ def triton_attention_pooling(scores: Tensor, value: Tensor, mask: Tensor | None)
     from saccade.attention.kernels import pooling as kernels
 
     weights, lse = reference.pooling_weights(scores, mask)
-    return AttentionPooling(kernels.pool_values(weights, value), weights, lse)
+    return AttentionPooling(kernels.pool_values(weights.contiguous(), value), weights, lse)
 
 
 def literal_attention_pooling(scores: Tensor, value: Tensor, mask: Tensor | None) -> AttentionPooling:

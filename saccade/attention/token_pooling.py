@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from saccade.attention import reference
 from saccade.attention.dispatch import Backend, Decision, Operator, register
 from saccade.attention.kernels.runtime import can_run_triton
+from saccade.attention.recompute import register_backward
 from saccade.errors import ShapeError
 
 __all__ = ["token_average_pooling"]
@@ -201,27 +201,7 @@ def pool_tokens_backward(grad_out: Tensor, tokens: Tensor, weights: Tensor) -> t
     return grad_tokens, grad_factor.squeeze(-1).to(weights.dtype)
 
 
-@pool_tokens_backward.register_fake
-def pool_tokens_backward_fake(grad_out: Tensor, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Return gradients of the right shapes, dtypes and strides."""
-    return (
-        torch.empty_like(tokens, memory_format=torch.contiguous_format),
-        torch.empty_like(weights, memory_format=torch.contiguous_format),
-    )
-
-
-def keep_arguments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401
-    """Keep the arguments; everything else is computed again."""
-    ctx.save_for_backward(*inputs)
-
-
-def differentiate_pool_tokens(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
-    """Return the gradients of tokens and weights."""
-    grads: tuple[Tensor, Tensor] = pool_tokens_backward(grad_out, *ctx.saved_tensors)
-    return grads
-
-
-pool_tokens.register_autograd(differentiate_pool_tokens, setup_context=keep_arguments)
+register_backward(pool_tokens, pool_tokens_backward)
 
 
 def triton_token_average_pooling(tokens: Tensor, weights: Tensor) -> Tensor:

@@ -37,8 +37,10 @@ SHAPES = [
 
 
 def make(shape, dtype=torch.float32, scores_dtype=None):
-    """Return scores, value as a strided view, both wanting gradients, and options."""
-    scores = 3 * randn(shape.batch, shape.branches, shape.instances, seed=1, dtype=scores_dtype or dtype)
+    """Return scores and value as strided views, both wanting gradients, and options."""
+    scores = 3 * randn(shape.batch, shape.instances, shape.branches, seed=1, dtype=scores_dtype or dtype).transpose(
+        1, 2
+    )
     value = randn(shape.batch, shape.channels, shape.instances, seed=2, dtype=dtype).transpose(1, 2)
     options = {}
     if shape.mask == "padding":

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.attention.kernels.runtime import Build, dot_precision
+from saccade.attention.recompute import register_backward
 
 __all__ = ["BUILDS", "pool_values"]
 
@@ -116,18 +117,7 @@ def pool_values_backward(grad_out: Tensor, weights: Tensor, value: Tensor) -> tu
     return grad_weights, grad_value
 
 
-@pool_values_backward.register_fake
-def pool_values_backward_fake(grad_out: Tensor, weights: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Return gradients of the right shapes, dtypes and strides."""
-    return torch.empty_like(weights), torch.empty_like(value, memory_format=torch.contiguous_format)
-
-
-def keep(ctx, inputs, output):
-    """Keep the arguments."""
-    ctx.save_for_backward(*inputs)
-
-
-pool_values.register_autograd(lambda ctx, grad: pool_values_backward(grad, *ctx.saved_tensors), setup_context=keep)
+register_backward(pool_values, pool_values_backward)
 
 
 def build(kernel, dtype: str, products: str, **constants: int) -> Build:

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.attention.kernels.runtime import Build
+from saccade.attention.recompute import register_backward
 
 __all__ = ["BUILDS", "pool_tokens"]
 
@@ -114,21 +115,7 @@ def pool_tokens_backward(grad_out: Tensor, tokens: Tensor, weights: Tensor) -> t
     return stencil(grad_out, weights, at_neighbour=True), grad_weights
 
 
-@pool_tokens_backward.register_fake
-def pool_tokens_backward_fake(grad_out: Tensor, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Return gradients of the right shapes, dtypes and strides."""
-    return (
-        torch.empty_like(tokens, memory_format=torch.contiguous_format),
-        torch.empty_like(weights, memory_format=torch.contiguous_format),
-    )
-
-
-def keep(ctx, inputs, output):
-    """Keep the arguments."""
-    ctx.save_for_backward(*inputs)
-
-
-pool_tokens.register_autograd(lambda ctx, grad: pool_tokens_backward(grad, *ctx.saved_tensors), setup_context=keep)
+register_backward(pool_tokens, pool_tokens_backward)
 
 
 def build(kernel, dtype: str, **constants: object) -> Build:
