@@ -64,3 +64,27 @@ def unfolded_token_average_pooling(tokens: Tensor, weights: Tensor) -> Tensor:
         maps.append(windows.view(batch, -1, 9, height, width).mean(2))
     pooled = (torch.stack(maps, -1) * weights.permute(0, 2, 3, 1).unsqueeze(1)).sum(-1)  # (B, C, H, W)
     return pooled.flatten(2).transpose(1, 2)
+
+
+def gathered_routing(query: Tensor, key: Tensor, value: Tensor, routes: Tensor) -> Tensor:
+    """Attend from each region to the regions it is routed to, as BiFormer's code does: gather, then a full softmax.
+
+    Args:
+        query: ``(B, H, R, T, D)``, R regions of T tokens.
+        key: Likewise.
+        value: Likewise.
+        routes: Region numbers ``(B, R, K)``, the same for all heads.
+
+    Returns:
+        ``(B, H, R, T, D)``.
+    """
+    batch, heads, regions, tokens, width = query.shape
+    top_k = routes.shape[-1]
+    table = torch.cat([key, value], -1).permute(0, 2, 3, 1, 4).flatten(3)  # (B, R, T, 2 H D)
+    table = table.unsqueeze(1).expand(-1, regions, -1, -1, -1)
+    index = routes[..., None, None].expand(-1, -1, -1, tokens, table.shape[-1])
+    gathered = table.gather(2, index).view(batch * regions, top_k * tokens, heads, 2 * width).transpose(1, 2)
+    keys, values = gathered.split(width, -1)  # (B R, H, K T, D)
+    queries = query.transpose(1, 2).reshape(batch * regions, heads, tokens, width)
+    weights = torch.softmax((queries * width**-0.5) @ keys.transpose(-1, -2), -1)
+    return (weights @ values).view(batch, regions, heads, tokens, width).transpose(1, 2)

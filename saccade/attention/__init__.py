@@ -9,6 +9,15 @@ from saccade.attention.analysis import (
     head_importance,
     sink_norm_ratio,
 )
+from saccade.attention.block_sparse import block_sparse_attention, block_sparse_attention_lse
+from saccade.attention.blocks import (
+    BlockGeometry,
+    BlockSelection,
+    grid_to_regions,
+    regions_to_grid,
+    regions_valid,
+    select_blocks,
+)
 from saccade.attention.context_mixing import context_mixing
 from saccade.attention.decay import LinearAttention, decay_slopes
 from saccade.attention.dispatch import Decision, Explanation, Operator, explain, operators, use_backend
@@ -30,6 +39,8 @@ __all__ = [
     "AttentionLSE",
     "AttentionPooling",
     "AttentionStatistics",
+    "BlockGeometry",
+    "BlockSelection",
     "Decision",
     "Explanation",
     "GateStatistics",
@@ -45,11 +56,14 @@ __all__ = [
     "attention_pooling",
     "attention_statistics",
     "attention_statistics_from_maps",
+    "block_sparse_attention",
+    "block_sparse_attention_lse",
     "combine_heads",
     "context_mixing",
     "decay_slopes",
     "explain",
     "gate_statistics",
+    "grid_to_regions",
     "head_importance",
     "linear_attention",
     "merge_partials",
@@ -57,6 +71,9 @@ __all__ = [
     "partitioned_attention",
     "pointwise_attention",
     "prefix_softmax_mean",
+    "regions_to_grid",
+    "regions_valid",
+    "select_blocks",
     "sink_norm_ratio",
     "token_average_pooling",
     "use_backend",

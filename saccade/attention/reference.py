@@ -404,6 +404,11 @@ def softmax_weights(
     if mask is not None:
         visible = visible & mask
     scores = scores.masked_fill(~visible, -torch.inf)
+    return softmax_and_lse(scores)
+
+
+def softmax_and_lse(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return softmax over the last axis and the log-sum-exp without it; zeros and ``-inf`` where all is ``-inf``."""
     blind = (scores == -torch.inf).all(-1, keepdim=True)  # (B, H, L, 1)
     lse = torch.logsumexp(scores.masked_fill(blind, 0.0), -1, keepdim=True)  # finite, so no gradient is NaN
     weights = torch.exp(scores - lse)

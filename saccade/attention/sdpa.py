@@ -289,15 +289,35 @@ def cpu_attention_lse_backward(
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
+    """Run the backward kernel on what the forward kept."""
+    query, key, value, scores_mask, out, lse = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grads = flash_cpu_backward_lse(
+        grad_out, grad_lse, query, key, value, scores_mask, out, lse, causal=ctx.causal, scale=ctx.scale
+    )
+    return *grads, None, None, None
+
+
+def flash_cpu_backward_lse(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Run the backward kernel of SDPA so that it also takes the cotangent of the log-sum-exp.
 
     With ``p = exp(s - lse)`` the derivative is ``ds = p * (dO v^T - delta)``, ``delta = rowsum(dO * O) - dL``. The
     kernel computes ``rowsum(dO * O)`` itself, so ``dL`` enters as one more column: 1 in dO, -dL in O, 0 in v.
     """
-    query, key, value, scores_mask, out, lse = ctx.saved_tensors
     head_dim = query.shape[-1]
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
     blind = lse == -torch.inf
     if grad_lse is not None:
         width = (head_dim + 16) // 16 * 16  # at least one more column; the kernel is fastest at multiples of 16
@@ -313,11 +333,11 @@ def cpu_attention_lse_backward(
         out,
         lse.masked_fill(blind, 0.0),  # p = exp(-inf - 0) = 0 in a row that sees nothing
         scores_mask,
-        ctx.causal,
-        ctx.scale,
+        causal,
+        scale,
     )
     grad_query, grad_key, grad_value = (grad[..., :head_dim] for grad in grads)
-    return grad_query, grad_key, grad_value, None, None, None
+    return grad_query, grad_key, grad_value
 
 
 cpu_attention_lse.register_autograd(cpu_attention_lse_backward, setup_context=save_for_backward)

@@ -4,11 +4,14 @@ import torch
 
 from saccade.attention import (
     AttentionLSE,
+    BlockGeometry,
+    BlockSelection,
     attention,
     attention_diversification,
     attention_diversification_from_maps,
     attention_lse,
     attention_statistics_from_maps,
+    block_sparse_attention_lse,
     context_mixing,
     decay_slopes,
     linear_attention,
@@ -228,3 +231,23 @@ def pointwise(case: Case) -> None:
     )
     got = {"output.y": out}
     case.compare(got | case.gradients(got, {f"input.{name}": tensor for name, tensor in inputs.items()}))
+
+
+@runner("attention.primitive.block_routed_attention")
+def block_routed_attention(case: Case) -> None:
+    """Each query region attends to the key regions it is routed to; regions of both sizes are blocks."""
+    inputs = {name: case.tensors[f"input.{name}"].requires_grad_() for name in ("q", "k", "v")}
+    routes = case.tensors["input.routes"]
+    routes = routes if routes.dim() == 4 else routes.unsqueeze(1)  # (B, 1 or H, R, K)
+    (regions, queries), keys = inputs["q"].shape[2:4], inputs["k"].shape[3]
+    geometry = BlockGeometry(queries, keys, regions * queries, regions * keys)
+    counts = torch.full(routes.shape[:3], routes.shape[3])
+    scale = float(case.tensors["input.scale"])
+    tensors = [tensor.flatten(2, 3) for tensor in inputs.values()]
+    for backend in ("auto", "gather", "reference"):
+        out, lse = block_sparse_attention_lse(
+            *tensors, BlockSelection(routes, counts, geometry), scale=scale, backend=backend
+        )
+        sizes = (regions, queries)
+        got = {"output.y": out.unflatten(2, sizes), "output.lse": lse.unflatten(2, sizes)}
+        case.compare(got | case.gradients(got, {f"input.{name}": tensor for name, tensor in inputs.items()}))
