@@ -232,7 +232,7 @@ def block_entries(selection: BlockSelection, block_weight: Tensor | None) -> tup
         forced = forced.expand(codes.shape[0], codes.shape[1], forced.shape[0], forced.shape[1])
         codes = torch.cat([codes, 2 * forced + 1], -1)
     if codes.shape[-1] == 0:
-        codes = F.pad(codes, [0, 1], value=nothing)
+        codes = F.pad(codes, [0, 1], value=float(nothing))
     if g.causal:  # what begins after the last query of the block is not read
         codes = codes.masked_fill((codes >> 1) * g.block_k > last.unsqueeze(-1), nothing)
     codes, order = torch.sort(codes, dim=-1, stable=True)
