@@ -41,7 +41,6 @@ def test_interpreted_kernels_equal_the_reference(shape):
 
 @interpreted
 @pytest.mark.slow
-@pytest.mark.parametrize("function", [block_sparse_attention, block_sparse_attention_lse])
 @pytest.mark.parametrize(
     "shape", [s for s in SHAPES if "weight" not in s.options and s.batch * s.keys * s.queries], ids=str
 )

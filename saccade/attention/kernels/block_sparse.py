@@ -411,33 +411,18 @@ def tiles_for(query: Tensor, value: Tensor, selection: BlockSelection, holds_key
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": 2}
 
 
-def builds() -> list[Build]:
-    """List what is compiled ahead of time: half and single precision, widths, large and small blocks, all options.
+def build(kernel: Any, kind: str, width: int, block: int, plain: bool) -> Build:  # noqa: ANN401
+    """Describe a kernel for one dtype, head width and size of blocks; ``plain`` = no mask, sink, window or causality.
 
     Up to four registers are accepted on the stack: the compiler puts counters of the walk there, outside the loop.
     """
-    found = []
-    for kind, width, block, plain in [
-        ("bf16", 32, 64, True),
-        ("bf16", 32, 4, True),
-        ("bf16", 64, 64, False),
-        ("bf16", 128, 64, False),
-        ("fp32", 32, 64, False),
-        ("fp32", 64, 64, False),
-        ("fp32", 128, 64, False),
-    ]:
-        dtype = torch.bfloat16 if kind == "bf16" else torch.float32
-        token = torch.empty(1, 1, 1, width, dtype=dtype, device="meta")
-        geometry = BlockGeometry(block, block, block, block, causal=not plain)
-        selection = BlockSelection(token, token, geometry, sink=0 if plain else 4)
-        fixed = constants(token, token, selection) | ({"key_valid": None} if plain else {})
-        for kernel in (forward_kernel, query_gradient_kernel, key_gradient_kernel):
-            tiles = tiles_for(token, token, selection, kernel is key_gradient_kernel)
-            options = {name: tiles.pop(name) for name in ("num_warps", "num_stages")}
-            found.append(
-                Build(kernel, signature(kernel, kind, fixed | tiles), fixed | tiles, spill_bytes=16, **options)
-            )
-    return found
+    token = torch.empty(1, 1, 1, width, dtype=torch.bfloat16 if kind == "bf16" else torch.float32, device="meta")
+    geometry = BlockGeometry(block, block, block, block, causal=not plain)
+    selection = BlockSelection(token, token, geometry, sink=0 if plain else 4)
+    fixed: dict[str, Any] = tiles_for(token, token, selection, kernel is key_gradient_kernel)
+    options = {name: fixed.pop(name) for name in ("num_warps", "num_stages")}
+    fixed |= constants(token, token, selection) | ({"key_valid": None} if plain else {})
+    return Build(kernel, signature(kernel, kind, fixed), fixed, spill_bytes=16, **options)
 
 
 def signature(kernel: Any, kind: str, fixed: dict[str, Any]) -> dict[str, str]:  # noqa: ANN401
@@ -454,4 +439,15 @@ def signature(kernel: Any, kind: str, fixed: dict[str, Any]) -> dict[str, str]: 
     }
 
 
-BUILDS = builds()
+CASES = [
+    ("bf16", 32, 64, True),
+    ("bf16", 32, 4, True),
+    ("bf16", 64, 64, False),
+    ("bf16", 128, 64, False),
+    ("fp32", 32, 64, False),
+    ("fp32", 64, 64, False),
+    ("fp32", 128, 64, False),
+]
+BUILDS = [
+    build(kernel, *case) for case in CASES for kernel in (forward_kernel, query_gradient_kernel, key_gradient_kernel)
+]
