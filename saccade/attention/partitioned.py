@@ -13,8 +13,10 @@ from torch import Tensor
 
 from saccade.attention import reference
 from saccade.attention.dispatch import Backend, Decision, Operator, register
+from saccade.attention.flash import can_run_flash
 from saccade.attention.key_classes import PartitionedAttention, Segments
 from saccade.attention.partitioned_cpu import partitioned_cpu
+from saccade.attention.partitioned_triton import partitioned_triton
 from saccade.attention.problem import Problem, describe
 from saccade.attention.sdpa import can_run_attention_lse
 from saccade.errors import ShapeError
@@ -58,7 +60,7 @@ def partitioned_attention(
             TorchScript.
         num_classes: C.
         mask: Bool, broadcastable to ``(B, H, L, S)``, ``True`` = takes part. Key padding ``(B, 1, 1, S)`` is cheap; a
-            mask that differs between queries is computed with all scores in memory.
+            mask that differs between queries is computed with all scores in memory on the CPU.
         causal: A query sees the keys whose position is not beyond its own.
         query_positions: Integers ``(L,)`` or ``(B, L)``; ``None`` means S - L, ..., S - 1 (aligned bottom-right).
         key_positions: Integers ``(S,)`` or ``(B, S)`` in any order; ``None`` means 0, ..., S - 1.
@@ -66,7 +68,7 @@ def partitioned_attention(
         key_log_weight: Floating point, ``(B, S)`` or ``(B, H, S)``; ``w_j`` of the weighted results, read for the keys
             of ``weighted_class`` only. It does not enter the normaliser. ``-inf`` is a weight of 0.
         weighted_class: The class that it weighs; given if and only if ``key_log_weight`` is.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         Outputs, log-sum-exp and masses; see :class:`PartitionedAttention`.
@@ -171,9 +173,14 @@ def describe_partitioned(
         scores=scores,
         num_classes=num_classes,
         labels=labels,
-        row_mask=mask is not None and mask.ndim > 1 and mask.shape[-2] != 1,
+        row_mask=differs_by_query(mask),
         weighted=key_log_weight is not None,
     )
+
+
+def differs_by_query(mask: Tensor | None) -> bool:
+    """Return whether a mask does more than exclude keys."""
+    return mask is not None and mask.ndim > 1 and mask.shape[-2] != 1
 
 
 def check(
@@ -315,6 +322,21 @@ def one_row(
     )
 
 
+def run_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_class: Tensor | Segments,
+    num_classes: int,
+    mask: Tensor | None,
+    *others: object,
+) -> PartitionedAttention:
+    """Run the Triton path, which takes labels; excluded keys are in no class, so that they are not even loaded."""
+    by_query = differs_by_query(mask)
+    labels = exclude(as_labels(key_class, query, key), None if by_query else mask)
+    return partitioned_triton(query, key, value, labels, num_classes, mask if by_query else None, *others)  # type: ignore[arg-type]
+
+
 def run_reference(
     query: Tensor, key: Tensor, value: Tensor, key_class: Tensor | Segments, *others: object
 ) -> PartitionedAttention:
@@ -327,6 +349,11 @@ def run_reference(
         *others,  # type: ignore[arg-type]
     )
     return run
+
+
+def can_run_triton(problem: PartitionedProblem) -> Decision:
+    """Say whether the kernels of softmax attention can serve."""
+    return can_run_flash(problem.scores)
 
 
 def can_run_torch(problem: PartitionedProblem) -> Decision:
@@ -391,6 +418,7 @@ PARTITIONED_ATTENTION = register(
         function=partitioned_attention,
         summary="attention, and the share of each class of keys in output and weights",
         backends=(
+            Backend("triton", can_run_triton, run_triton),
             Backend("torch", can_run_torch, partitioned_torch),
             Backend("reference", always, run_reference),
         ),
