@@ -23,7 +23,6 @@ from saccade.errors import ShapeError
 
 __all__ = ["partitioned_attention"]
 
-NO_CLASS = torch.iinfo(torch.int64).min  # a label that no key has
 LOWEST = -1e30  # below every finite score
 
 
@@ -291,14 +290,18 @@ def one_row(
     dtype = reference.wide(query)
     batch, heads, _, head_dim = query.shape
     kv_heads, keys, value_dim = value.shape[1:]
+    groups = (batch * kv_heads, heads // kv_heads)
     padding = -(num_classes + (weighted_class is not None)) % 4  # four rows are a faster product than three
-    rows = torch.tensor([*range(num_classes), *[NO_CLASS] * padding], device=query.device).unsqueeze(1)
-    members = labels.view(batch, -1, 1, keys) == rows  # (B, 1 or H, rows, S)
+    members = reference.class_members(labels, num_classes + padding)  # (B, 1 or H, rows, S)
     if query_positions is not None or key_positions is not None:
         members = members & reference.earlier_keys(query, key, query_positions, key_positions)
-    hidden = torch.where(members.any(2, keepdim=True), 0.0, LOWEST).to(dtype)
-    grouped = (query.to(dtype) * scale).reshape(batch, kv_heads, -1, head_dim)
-    scores = (grouped @ key.to(dtype).transpose(-1, -2)).view(batch, heads, 1, keys) + hidden
+    hidden = torch.where(members[:, :, :num_classes].any(2), 0.0, LOWEST).to(dtype)  # (B, 1 or H, S)
+    scores = torch.baddbmm(
+        hidden.expand(batch, heads, keys).reshape(*groups, keys),
+        query.to(dtype).reshape(*groups, head_dim),
+        key.to(dtype).reshape(groups[0], keys, head_dim).transpose(1, 2),
+        alpha=scale,
+    ).view(batch, heads, 1, keys)
     weights = scores.softmax(-1)
     parts = weights * members  # (B, H, rows, S)
     if key_log_weight is not None and weighted_class is not None:
@@ -306,7 +309,7 @@ def one_row(
         log_weight = key_log_weight.to(dtype).view(batch, -1, 1, keys).masked_fill(~member, -torch.inf)
         parts = torch.cat([parts, weights * log_weight.exp()], 2)
     part_mass = parts.sum(-1, keepdim=True)
-    part_out = parts.view(batch, kv_heads, -1, keys) @ value.to(dtype)
+    part_out = parts.view(batch, kv_heads, -1, keys) @ value.to(dtype)  # (B, Hkv, H / Hkv * rows, Dv)
     part_out = part_out.view(batch, heads, -1, 1, value_dim).to(query.dtype)
     class_out = part_out[:, :, :num_classes]
     peak = scores.amax(-1)

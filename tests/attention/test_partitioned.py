@@ -124,7 +124,7 @@ def test_every_backend_equals_the_reference(case, dtype):
     arguments, options = make(case, dtype)
     expected, expected_grads = run(*as_double(arguments, options), "reference")
     for row in explain(partitioned_attention, *arguments, **options).rows:
-        if row.ok:
+        if row.ok and row.automatic:
             outputs, grads = run(arguments, options, row.backend)
             for got, want in zip(outputs + grads, expected + expected_grads, strict=True):
                 largest = max([1.0, *want.detach().nan_to_num(neginf=0.0).abs().flatten().tolist()])
