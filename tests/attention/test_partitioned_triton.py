@@ -52,9 +52,7 @@ def test_a_mask_per_query_is_read_by_the_kernel():
     arguments, options = make(Parts(5, 9, heads=2))
     options["mask"] = randn(2, 1, 5, 9, seed=3) > 0
     options["mask"][0, 0, 2] = False
-    got, expected = (
-        partitioned_attention(*arguments, **options, backend=name)[:4] for name in ("triton", "reference")
-    )
+    got, expected = (partitioned_attention(*arguments, **options, backend=name)[:4] for name in ("triton", "reference"))
     for ours, theirs in zip(got, expected, strict=True):
         assert_close(ours, theirs)
 
@@ -78,7 +76,11 @@ def test_class_order():
 
 @pytest.mark.parametrize(
     ("case", "dtype", "reason"),
-    [(Parts(5, 7), torch.float64, "float64"), (Parts(5, 7, 300), torch.float32, "256 wide"), (CASES[-2], None, "at least")],
+    [
+        (Parts(5, 7), torch.float64, "float64"),
+        (Parts(5, 7, 300), torch.float32, "256 wide"),
+        (CASES[-2], None, "at least"),
+    ],
 )
 def test_says_what_the_kernel_cannot_do(case, dtype, reason):
     arguments, options = make(case, dtype or torch.float32)
