@@ -5,6 +5,8 @@ Keys stay where they are; the kernel reads them through a permutation into class
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -51,7 +53,7 @@ def partitioned_triton(
         heads = max(labels.shape[1], key_bias.shape[1])
         labels, key_bias = labels.expand(-1, heads, -1), key_bias.float().expand(-1, heads, -1).contiguous()
     order, bounds = class_order(labels, num_classes, key_positions)
-    out, lse = softmax_parts(
+    parts_out, parts_lse = softmax_parts(
         query,
         key,
         value,
@@ -65,7 +67,12 @@ def partitioned_triton(
         causal=causal,
         scale=scale,
     )
-    return merge_classes(out, lse, num_classes)
+    out, lse, scaled, mass = merge_classes(parts_out, parts_lse, num_classes)
+    if key_bias is None:
+        return PartitionedAttention(out, lse, scaled, mass, None, None)
+    class_out, weighted_out = scaled.split([num_classes, 1], 2)
+    class_mass, weighted_mass = mass.split([num_classes, 1], 2)
+    return PartitionedAttention(out, lse, class_out, class_mass, weighted_out.squeeze(2), weighted_mass.squeeze(2))
 
 
 def as_rows(positions: Tensor | None) -> Tensor | None:
@@ -88,27 +95,83 @@ def class_order(labels: Tensor, num_classes: int, key_positions: Tensor | None) 
     return order.int().contiguous(), torch.searchsorted(labels, firsts.contiguous()).int()
 
 
-def merge_classes(out: Tensor, lse: Tensor, num_classes: int) -> PartitionedAttention:
-    """Scale partial results by their share of the common normaliser.
+@torch.library.custom_op("saccade::merge_classes", mutates_args=())
+def merge_classes(parts_out: Tensor, parts_lse: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scale partial results by their share of the common normaliser; differentiable through all results.
 
     Args:
-        out: ``(B, H, P, L, Dv)``, one part for each class, and one more if a class is weighted.
-        lse: ``(B, H, P, L)``.
+        parts_out: ``(B, H, P, L, Dv)``, one part for each class, and one more if a class is weighted.
+        parts_lse: ``(B, H, P, L)``, contiguous.
         num_classes: C.
+
+    Returns:
+        Output, log-sum-exp, and output and mass of each part.
     """
-    peak = lse[:, :, :num_classes].detach().amax(2, keepdim=True)
-    blind = peak == -torch.inf
-    mass = torch.exp(lse - peak.masked_fill(blind, 0.0))
-    total = mass[:, :, :num_classes].sum(2, keepdim=True).masked_fill(blind, 1.0)
-    mass = mass / total
-    scaled = out * mass.unsqueeze(-1)
-    class_out = scaled[:, :, :num_classes]
-    weighted = lse.shape[2] > num_classes
-    return PartitionedAttention(
-        out=class_out.sum(2).to(out.dtype),
-        lse=(peak + total.log()).masked_fill(blind, -torch.inf).squeeze(2),
-        class_out=class_out.to(out.dtype),
-        class_mass=mass[:, :, :num_classes],
-        weighted_out=scaled[:, :, -1].to(out.dtype) if weighted else None,
-        weighted_mass=mass[:, :, -1] if weighted else None,
-    )
+    from saccade.attention.kernels import classes
+
+    results = merge_classes_fake(parts_out, parts_lse, num_classes)
+    classes.merge(parts_out, parts_lse, *results, num_classes)
+    return results
+
+
+@merge_classes.register_fake
+def merge_classes_fake(parts_out: Tensor, parts_lse: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Allocate the results; in the output, heads of a query lie side by side."""
+    batch, heads, _, queries, value_dim = parts_out.shape
+    out = parts_out.new_empty(batch, queries, heads, value_dim).transpose(1, 2)
+    lse = parts_lse.new_empty(batch, heads, queries)
+    return out, lse, torch.empty_like(parts_out), torch.empty_like(parts_lse)
+
+
+@torch.library.custom_op("saccade::merge_classes_backward", mutates_args=())
+def merge_classes_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    grad_scaled: Tensor,
+    grad_mass: Tensor,
+    parts_out: Tensor,
+    mass: Tensor,
+    num_classes: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the partial results from the cotangents of all results."""
+    from saccade.attention.kernels import classes
+
+    grads = torch.empty_like(parts_out), torch.empty_like(mass)
+    cotangents = (grad_out, grad_lse.contiguous(), grad_scaled, grad_mass.contiguous())
+    classes.merge_backward(parts_out, mass, *cotangents, *grads, num_classes)
+    return grads
+
+
+@merge_classes_backward.register_fake
+def merge_classes_backward_fake(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    grad_scaled: Tensor,
+    grad_mass: Tensor,
+    parts_out: Tensor,
+    mass: Tensor,
+    num_classes: int,
+) -> tuple[Tensor, Tensor]:
+    """Return gradients of the right shapes, dtypes and strides."""
+    return torch.empty_like(parts_out), torch.empty_like(mass)
+
+
+def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
+    """Keep the partial outputs and the masses."""
+    parts_out, _, ctx.num_classes = inputs
+    ctx.save_for_backward(parts_out, output[3])
+    ctx.set_materialize_grads(False)
+    ctx.shapes = [(tensor.shape, tensor.dtype) for tensor in output]
+
+
+def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    """Run the backward operator; cotangents that are absent are zeros without memory."""
+    parts_out, mass = ctx.saved_tensors
+    cotangents = [
+        parts_out.new_zeros((), dtype=dtype).expand(shape) if grad is None else grad
+        for grad, (shape, dtype) in zip(grads, ctx.shapes, strict=True)
+    ]
+    return *merge_classes_backward(*cotangents, parts_out, mass, ctx.num_classes), None
+
+
+merge_classes.register_autograd(differentiate, setup_context=save_for_backward)
