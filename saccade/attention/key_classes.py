@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saccade.errors import ShapeError
 
-__all__ = ["PartitionedAttention", "Segments"]
+__all__ = ["PartitionedAttention", "Segments", "by_class"]
 
 
 class PartitionedAttention(NamedTuple):
@@ -30,6 +30,15 @@ class PartitionedAttention(NamedTuple):
     class_mass: Tensor
     weighted_out: Tensor | None
     weighted_mass: Tensor | None
+
+
+def by_class(out: Tensor, lse: Tensor, part_out: Tensor, part_mass: Tensor, num_classes: int) -> PartitionedAttention:
+    """Return the result from parts ``(B, H, P, ...)``: the classes and, if there is one more, the weighted class."""
+    if part_mass.shape[2] == num_classes:
+        return PartitionedAttention(out, lse, part_out, part_mass, None, None)
+    class_out, weighted_out = part_out.split([num_classes, 1], 2)
+    class_mass, weighted_mass = part_mass.split([num_classes, 1], 2)
+    return PartitionedAttention(out, lse, class_out, class_mass, weighted_out.squeeze(2), weighted_mass.squeeze(2))
 
 
 @dataclass(frozen=True)

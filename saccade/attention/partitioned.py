@@ -14,7 +14,7 @@ from torch import Tensor
 from saccade.attention import reference
 from saccade.attention.dispatch import Backend, Decision, Operator, register
 from saccade.attention.flash import can_run_flash
-from saccade.attention.key_classes import PartitionedAttention, Segments
+from saccade.attention.key_classes import PartitionedAttention, Segments, by_class
 from saccade.attention.partitioned_cpu import partitioned_cpu
 from saccade.attention.partitioned_triton import partitioned_triton
 from saccade.attention.problem import Problem, describe
@@ -264,11 +264,7 @@ def partitioned_torch(
     out, lse, part_out, part_mass = partitioned_cpu(
         query, key, value, labels, num_classes, query_positions, key_positions, scale, key_log_weight, weighted
     )
-    if key_log_weight is None:
-        return PartitionedAttention(out, lse, part_out, part_mass, None, None)
-    class_out, weighted_out = part_out.split([num_classes, 1], 2)
-    class_mass, weighted_mass = part_mass.split([num_classes, 1], 2)
-    return PartitionedAttention(out, lse, class_out, class_mass, weighted_out.squeeze(2), weighted_mass.squeeze(2))
+    return by_class(out, lse, part_out, part_mass, num_classes)
 
 
 def one_row(
@@ -306,21 +302,21 @@ def one_row(
     parts = weights * members  # (B, H, rows, S)
     if key_log_weight is not None and weighted_class is not None:
         member = members[:, :, weighted_class : weighted_class + 1]
-        log_weight = key_log_weight.to(dtype).view(batch, -1, 1, keys).masked_fill(~member, -torch.inf)
+        log_weight = key_log_weight.to(dtype).reshape(batch, -1, 1, keys).masked_fill(~member, -torch.inf)
         parts = torch.cat([parts, weights * log_weight.exp()], 2)
     part_mass = parts.sum(-1, keepdim=True)
     part_out = parts.view(batch, kv_heads, -1, keys) @ value.to(dtype)  # (B, Hkv, H / Hkv * rows, Dv)
-    part_out = part_out.view(batch, heads, -1, 1, value_dim).to(query.dtype)
+    part_out = part_out.view(batch, heads, -1, 1, value_dim)
     class_out = part_out[:, :, :num_classes]
     peak = scores.amax(-1)
     lse = (peak - weights.amax(-1).log()).masked_fill(peak < LOWEST / 2, -torch.inf)
     weighted = key_log_weight is not None
     return PartitionedAttention(
-        out=class_out.sum(2),
+        out=class_out.sum(2).to(query.dtype),
         lse=lse,
-        class_out=class_out,
+        class_out=class_out.to(query.dtype),
         class_mass=part_mass[:, :, :num_classes],
-        weighted_out=part_out[:, :, -1] if weighted else None,
+        weighted_out=part_out[:, :, -1].to(query.dtype) if weighted else None,
         weighted_mass=part_mass[:, :, -1] if weighted else None,
     )
 

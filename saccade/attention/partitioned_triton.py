@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saccade.attention.flash import softmax_parts
-from saccade.attention.key_classes import PartitionedAttention
+from saccade.attention.key_classes import PartitionedAttention, by_class
 
 __all__ = ["partitioned_triton"]
 
@@ -68,11 +68,7 @@ def partitioned_triton(
         scale=scale,
     )
     out, lse, scaled, mass = merge_classes(parts_out, parts_lse, num_classes)
-    if key_bias is None:
-        return PartitionedAttention(out, lse, scaled, mass, None, None)
-    class_out, weighted_out = scaled.split([num_classes, 1], 2)
-    class_mass, weighted_mass = mass.split([num_classes, 1], 2)
-    return PartitionedAttention(out, lse, class_out, class_mass, weighted_out.squeeze(2), weighted_mass.squeeze(2))
+    return by_class(out, lse, scaled, mass, num_classes)
 
 
 def as_rows(positions: Tensor | None) -> Tensor | None:
@@ -109,18 +105,23 @@ def merge_classes(parts_out: Tensor, parts_lse: Tensor, num_classes: int) -> tup
     """
     from saccade.attention.kernels import classes
 
-    results = merge_classes_fake(parts_out, parts_lse, num_classes)
-    classes.merge(parts_out, parts_lse, *results, num_classes)
-    return results
+    out, lse, scaled, mass = empty_results(parts_out, parts_lse)
+    classes.merge(parts_out, parts_lse, out, lse, scaled, mass, num_classes)
+    return out, lse, scaled, mass
 
 
-@merge_classes.register_fake
-def merge_classes_fake(parts_out: Tensor, parts_lse: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def empty_results(parts_out: Tensor, parts_lse: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Allocate the results; in the output, heads of a query lie side by side."""
     batch, heads, _, queries, value_dim = parts_out.shape
     out = parts_out.new_empty(batch, queries, heads, value_dim).transpose(1, 2)
     lse = parts_lse.new_empty(batch, heads, queries)
     return out, lse, torch.empty_like(parts_out), torch.empty_like(parts_lse)
+
+
+@merge_classes.register_fake
+def merge_classes_fake(parts_out: Tensor, parts_lse: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return results of the right shapes, dtypes and strides."""
+    return empty_results(parts_out, parts_lse)
 
 
 @torch.library.custom_op("saccade::merge_classes_backward", mutates_args=())

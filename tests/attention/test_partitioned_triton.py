@@ -5,7 +5,7 @@ import torch
 
 from saccade.attention import explain, partitioned_attention
 from saccade.attention.kernels.runtime import INTERPRETING
-from saccade.attention.partitioned_triton import class_order
+from saccade.attention.partitioned_triton import class_order, merge_classes
 from tests.attention.test_partitioned import CASES, Parts, as_double, make, run
 from tests.helpers import assert_close, randn
 
@@ -62,6 +62,13 @@ def test_backward_is_deterministic():
     arguments, options = make(SMALL[0])
     first, second = (run(arguments, options, "triton")[1] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck itself
+def test_opcheck():
+    parts_out, parts_lse = randn(1, 2, 3, 5, 8).requires_grad_(), randn(1, 2, 3, 5, seed=1).requires_grad_()
+    torch.library.opcheck(merge_classes, (parts_out, parts_lse, 2))
 
 
 def test_class_order():
