@@ -324,26 +324,28 @@ def scan(
     ``reverse`` walks from the end and sums over ``j >= i``: then the state is the cotangent of the one that leaves a
     chunk, so it has decayed by ``count - 1 - i`` steps at token ``i`` where the forward state has by ``i + 1``.
     """
-    length = query.shape[2]
-    rate = log_decay[:, None, None]
-    steps = torch.arange(min(CHUNK, length), device=query.device)
-    triangle = torch.exp(rate * (steps[:, None] - steps).clamp(min=0)).tril()  # (H, C, C)
+    batch, heads, length, _ = query.shape
+    rate = log_decay.repeat(batch)[:, None, None]  # (B H, 1, 1)
+    steps = torch.arange(CHUNK, device=query.device)
+    triangle = torch.exp(rate * (steps[:, None] - steps).clamp(min=0)).tril()  # (B H, C, C)
+    since_start = torch.exp(rate * (steps[:, None] + 1))  # (B H, C, 1)
+    until_end = torch.exp(rate * (CHUNK - 1 - steps[:, None]))
     if reverse:
         triangle = triangle.transpose(-1, -2)
-    out = query.new_empty(*query.shape[:3], value.shape[3], dtype=dtype)
-    state = state.clone(memory_format=torch.contiguous_format)
+    query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
+    state = state.flatten(0, 1).clone(memory_format=torch.contiguous_format)
+    out = query.new_empty(*query.shape[:2], value.shape[2], dtype=dtype)
     starts = range(0, length, CHUNK)
     for start in reversed(starts) if reverse else starts:
         part = slice(start, min(start + CHUNK, length))
-        q, k, v = query[:, :, part], key[:, :, part], value[:, :, part]
-        count = q.shape[2]
-        since_start = torch.exp(rate * (steps[:count, None] + 1))  # (H, c, 1)
-        until_end = torch.exp(rate * (count - 1 - steps[:count, None]))
-        entering, leaving = (until_end, since_start) if reverse else (since_start, until_end)
-        weights = (q @ k.transpose(-1, -2)).mul_(triangle[:, :count, :count])
-        out[:, :, part] = (q @ state).mul_(entering).add_(weights @ v)
-        state = state.mul_(since_start[:, -1:]).add_((k * leaving).transpose(-1, -2) @ v)
-    return out, state
+        q, k, v = query[:, part], key[:, part], value[:, part]
+        count = q.shape[1]
+        passed, left = since_start[:, :count], until_end[:, CHUNK - count :]
+        entering, leaving = (left, passed) if reverse else (passed, left)
+        weights = torch.bmm(q, k.transpose(-1, -2)).mul_(triangle[:, :count, :count])
+        out[:, part] = torch.bmm(q, state).mul_(entering).baddbmm_(weights, v)
+        state.mul_(passed[:, -1:]).baddbmm_((k * leaving).transpose(-1, -2), v)
+    return out.unflatten(0, (batch, heads)), state.unflatten(0, (batch, heads))
 
 
 def keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ANN401
