@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from saccade.attention import reference
 from saccade.attention.dispatch import Backend, Decision, Operator, register
 from saccade.attention.kernels.runtime import can_run_triton
+from saccade.attention.recompute import register_backward
 from saccade.errors import ShapeError
 
 __all__ = ["combine_heads"]
@@ -122,25 +122,7 @@ def combine_kernel_backward(grad: Tensor, out: Tensor, gates: Tensor) -> tuple[T
     return kernels.backward(grad, out, gates)
 
 
-@combine_kernel_backward.register_fake
-def combine_kernel_backward_fake(grad: Tensor, out: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
-    """Return results of the right shapes and dtypes."""
-    return out.new_empty(out.shape), gates.new_empty(gates.shape)
-
-
-def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401
-    """Keep the inputs."""
-    ctx.save_for_backward(*inputs)
-
-
-def combine_kernel_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # noqa: ANN401
-    """Call the backward operator."""
-    out, gates = ctx.saved_tensors
-    grad_out, grad_gates = combine_kernel_backward(grad, out, gates)
-    return grad_out, grad_gates if gates.is_floating_point() else None
-
-
-combine_kernel.register_autograd(combine_kernel_grads, setup_context=save_for_backward)
+register_backward(combine_kernel, combine_kernel_backward)
 
 
 def example(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor, Tensor]:

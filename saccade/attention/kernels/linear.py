@@ -15,19 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from saccade.attention.kernels.pointwise import load_tile
 from saccade.attention.kernels.runtime import INTERPRETING, Build, dot_precision, padded
 
 __all__ = ["BUILDS", "backward", "forward"]
 
 PROGRAMS = 264  # enough to fill a device twice: 132 multiprocessors
-
-
-@triton.jit
-def tile(base, rows, columns, row_stride, column_stride, row_end, column_end, UPCAST: tl.constexpr):
-    """Load rows x columns, zero outside."""
-    pointers = base + rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
-    loaded = tl.load(pointers, mask=(rows[:, None] < row_end) & (columns[None, :] < column_end), other=0.0)
-    return loaded.to(tl.float32) if UPCAST else loaded
 
 
 @triton.jit
@@ -57,7 +50,7 @@ def recurrence_kernel(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if OUT:
         entering += row.to(tl.int64) * state_head + segment.to(tl.int64) * state_segment
-        state = tile(entering, inner, columns, state_row, state_column, state_width, out_width, False)
+        state = load_tile(entering, inner, columns, state_row, state_column, state_width, out_width, False)
     else:
         state = tl.zeros([WIDTH, BLOCK], tl.float32)
     distance = steps[:, None] - steps[None, :]
@@ -71,10 +64,10 @@ def recurrence_kernel(
         count = tl.minimum(tl.maximum(length - index * CHUNK, 0), CHUNK)  # 0 beyond the end: nothing changes
         until_end = tl.exp2(rate * tl.maximum(count - 1 - steps, 0).to(tl.float32))
         if CAUSAL or not OUT:
-            right = tile(b, rows, inner, b_row, b_column, length, state_width, UPCAST)
-            third = tile(c, rows, columns, c_row, c_column, length, out_width, UPCAST)
+            right = load_tile(b, rows, inner, b_row, b_column, length, state_width, UPCAST)
+            third = load_tile(c, rows, columns, c_row, c_column, length, out_width, UPCAST)
         if OUT:
-            left = tile(a, rows, inner, a_row, a_column, a_length, state_width, UPCAST)
+            left = load_tile(a, rows, inner, a_row, a_column, a_length, state_width, UPCAST)
             result = tl.dot(left.to(tl.float32), state, input_precision=STATE_PRECISION)
             if CAUSAL:
                 weights = tl.dot(left, tl.trans(right), input_precision=PRECISION) * decay
