@@ -46,13 +46,20 @@ class Model:
     library: str = "timm"
 
 
-# Parameters as trained; OverLoCK has 3 % fewer after merging the branches of its convolutions.
+BIFORMER = {
+    "biformer_base": 56_804_968,
+    "biformer_small": 25_536_232,
+    "biformer_stl": 28_372_552,
+    "biformer_stl_nchw": 28_372_552,
+    "biformer_tiny": 13_142_760,
+}
 # Parameters as trained; OverLoCK has 3 % fewer after merging the branches of its convolutions.
 OVERLOCK = {"overlock_b": 97_434_816, "overlock_s": 57_795_748, "overlock_t": 34_476_448, "overlock_xt": 16_969_600}
 
 MODELS: tuple[Model, ...] = tuple(
-    Model(name, params, "224", source="OverLoCK, CVPR 2025", verified="golden grad keys", library="saccade")
-    for name, params in OVERLOCK.items()
+    Model(name, params, "224", source=source, verified="golden grad keys", library="saccade")
+    for source, family in (("BiFormer, CVPR 2023", BIFORMER), ("OverLoCK, CVPR 2025", OVERLOCK))
+    for name, params in family.items()
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+import saccade.vision_backbones.biformer  # registers its models
 import saccade.vision_backbones.overlock  # registers its models  # noqa: F401
 
 if TYPE_CHECKING:
