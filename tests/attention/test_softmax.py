@@ -61,11 +61,18 @@ def test_half_precision_accumulates_in_float32(name, dtype):
         assert (got.double() - want).abs().max() <= (1e-2 if dtype == torch.bfloat16 else 2e-3) * want.abs().max()
 
 
+ON_GPU = [
+    Shape(300, 300, 128, 128, heads=4, kv_heads=2, causal=True),
+    Shape(130, 257, 80, 256, mask="padding", bias="heads"),
+    Shape(257, 130, 192, 128, causal=True),
+]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", OPERATORS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + ON_GPU, ids=str)
 def test_every_backend_on_cuda(shape, name, dtype):
     operator = OPERATORS[name]
     tensors, options = make(shape, dtype)

@@ -35,21 +35,25 @@ UPCAST = tl.constexpr(INTERPRETING)  # the interpreter cannot compute in bfloat1
 LEAST, MOST = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)  # beyond every position
 
 
-# Queries and keys in a block, warps and stages, by the bytes of a padded row; chosen by registers, see BUILDS.
-FORWARD = {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 3), 512: (64, 32, 8, 2), 1024: (32, 16, 4, 2)}
-QUERY_GRADIENT = {
-    64: (64, 64, 4, 2),
-    128: (64, 32, 4, 2),
-    256: (64, 32, 8, 2),
-    512: (32, 32, 8, 2),
-    1024: (16, 16, 4, 2),
+# Queries and keys in a block, warps and stages, by bytes of an element and padded width; chosen by registers (BUILDS).
+Table = dict[int, dict[int, tuple[int, int, int, int]]]
+FORWARD: Table = {
+    2: {32: (128, 64, 4, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
+    4: {32: (64, 32, 8, 2), 64: (64, 32, 8, 2), 128: (64, 16, 8, 2), 256: (32, 16, 8, 2)},
 }
-KEY_GRADIENT = {64: (64, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 64, 8, 2), 512: (32, 32, 8, 2), 1024: (16, 16, 4, 2)}
+QUERY_GRADIENT: Table = {
+    2: {32: (64, 64, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 2)},
+    4: {32: (64, 32, 4, 2), 64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 16, 4, 2)},
+}
+KEY_GRADIENT: Table = {
+    2: {32: (64, 64, 4, 2), 64: (32, 64, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
+    4: {32: (32, 64, 8, 2), 64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 16, 8, 2)},
+}
 
 
-def launch_options(table: dict[int, tuple[int, int, int, int]], width: int, dtype: torch.dtype) -> dict[str, int]:
+def launch_options(table: Table, width: int, dtype: torch.dtype) -> dict[str, int]:
     """Return the sizes of blocks and launch options for a padded width of at most 256."""
-    row = table[max(64, width * dtype.itemsize)]
+    row = table[dtype.itemsize][max(32, width)]
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), row, strict=True))
 
 
@@ -450,7 +454,7 @@ def build(kernel: Any, width: int, element: str, variant: str) -> Build:  # noqa
     dtype = torch.bfloat16 if element == "bf16" else torch.float32
     launch = launch_options(table, width, dtype)
     constants = {
-        "CAUSAL": True, "D": width, "DV": width, "BLOCK_D": width, "BLOCK_DV": width, "PRECISION": "tf32",
+        "CAUSAL": True, "D": width, "DV": width, "BLOCK_D": width, "BLOCK_DV": width, "PRECISION": "ieee",
         "BLOCK_M": launch["BLOCK_M"], "BLOCK_N": launch["BLOCK_N"],
         **dict.fromkeys(["query_d", "key_d", "value_d", "grad_out_d"], 1),
         **dict.fromkeys(["mask_b", "mask_h", "mask_l", "mask_s", "bias_b", "bias_h", "bias_l", "bias_s"], 0),
@@ -466,8 +470,8 @@ def build(kernel: Any, width: int, element: str, variant: str) -> Build:  # noqa
         "scale": "fp32",
     }  # fmt: skip
     signature = {name: types.get(name, "i32:16") for name in kernel.arg_names if name not in constants}
-    # Rows of 256 bytes spill a little; blocks that do not are half as large and rescale or reload twice as often.
-    spill_bytes = 128 if width * dtype.itemsize == 256 else 0
+    # At width 128 the blocks that never spill are half as large, and rescale or reload twice as often.
+    spill_bytes = 128 if (width, element) == (128, "bf16") else 0
     return Build(kernel, signature, constants, launch["num_warps"], launch["num_stages"], spill_bytes)
 
 
