@@ -31,8 +31,10 @@ def test_every_backend_equals_the_reference(shape, name, dtype):
         # The interpreter is slow, and attention_entropy returns all that the kernel computes for attention_lse.
         if row.ok and (row.automatic or operator is attention_entropy):
             outputs, grads = run(operator, tensors, options, row.backend)
-            for got, want in zip(outputs + grads, expected + expected_grads, strict=True):
+            for got, want in zip(outputs, expected, strict=True):
                 assert_close(got, want)
+            for got, want in zip(grads, expected_grads, strict=True):  # sums over up to 197 rows of terms up to 10
+                assert_close(got, want, **({"atol": 3e-5} if dtype == torch.float32 else {}))
 
 
 def as_double(options):
