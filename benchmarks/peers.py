@@ -43,9 +43,8 @@ def relative_positions(length: int, kernel: int) -> Tensor:
     return start[:, None] + torch.arange(kernel) - position[:, None] + kernel - 1
 
 
-def diversification_from_kept_maps(query: Tensor, key: Tensor) -> Tensor:
-    """Compute the loss of one layer as the official code does, from softmax maps; right for any batch size."""
-    maps = torch.softmax(query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5, -1)
+def diversification_of_kept_maps(maps: Tensor) -> Tensor:
+    """Compute the loss of one layer from softmax maps ``(B, H, N, N)``, step by step; right for any batch size."""
     mean = maps.clone().mean(1)  # the official layers hand a clone to the loss
     column_mean = mean.mean(1, keepdim=True)  # (B, 1, N)
     threshold = 2.0 / maps.shape[-1]
