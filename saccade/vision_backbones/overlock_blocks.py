@@ -62,7 +62,10 @@ class GlobalResponseNorm(nn.Module):
 def channel_norm(x: Tensor) -> Tensor:
     """Return the norm of each channel over the map, ``(B, C, 1, 1)``, at least float32: squares overflow in float16."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    norm: Tensor = torch.linalg.vector_norm(x, 2.0, [2, 3], True, dtype=dtype)
+    if torch.is_grad_enabled():
+        norm: Tensor = torch.linalg.vector_norm(x, 2.0, [2, 3], True, dtype=dtype)
+    else:  # not differentiable at 0, but several times faster on a channels-last map
+        norm = x.to(dtype).square().sum([2, 3], keepdim=True).sqrt()
     return norm
 
 
