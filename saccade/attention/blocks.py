@@ -100,12 +100,20 @@ def select_blocks(scores: Tensor, geometry: BlockGeometry, top_k: int) -> BlockS
         )
     if top_k < 1:
         raise ShapeError(f"top_k must be at least 1; got {top_k}.")
-    best, order = torch.sort(scores.detach(), dim=-1, descending=True, stable=True)
-    best, order = best[..., :top_k], order[..., :top_k]
+    best, order = largest(scores.detach(), min(top_k, blocks[1]))
     live = best > -torch.inf
     indices = torch.sort(order.masked_fill(~live, blocks[1]), dim=-1)[0]
     indices = indices.masked_fill(indices == blocks[1], -1).to(torch.int32)
     return BlockSelection(indices, live.sum(-1).to(torch.int32), geometry)
+
+
+def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the largest scores of each row and where they stand; among equal ones the first."""
+    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript knows this condition on its own only)
+        if torch.onnx.is_in_onnx_export():  # which has no stable sort, but whose TopK takes the first among equals
+            return torch.topk(scores, count)
+    best, order = torch.sort(scores, dim=-1, descending=True, stable=True)
+    return best[..., :count], order[..., :count]
 
 
 def grid_to_regions(grid: Tensor, region: tuple[int, int]) -> Tensor:
@@ -235,14 +243,14 @@ def block_entries(selection: BlockSelection, block_weight: Tensor | None) -> tup
         codes = F.pad(codes, [0, 1], value=float(nothing))
     if g.causal:  # what begins after the last query of the block is not read
         codes = codes.masked_fill((codes >> 1) * g.block_k > last.unsqueeze(-1), nothing)
-    codes, order = torch.sort(codes, dim=-1, stable=True)
+    codes, order = torch.sort(codes, dim=-1)
     again = (codes[..., 1:] >> 1) == (codes[..., :-1] >> 1)  # selected sorts before forced
     codes = codes.masked_fill(F.pad(again, [1, 0]), nothing)
     weight = block_weight
     if weight is not None:
         weight = F.pad(weight, [0, codes.shape[-1] - weight.shape[-1]], value=1.0).gather(-1, order)
     if forced.shape[-1] > 0:  # many come twice
-        codes, order = torch.sort(codes, dim=-1, stable=True)
+        codes, order = torch.sort(codes, dim=-1)
         codes = codes[..., :k_blocks]
         if weight is not None:
             weight = weight.gather(-1, order)[..., :k_blocks]

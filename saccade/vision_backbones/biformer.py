@@ -321,13 +321,16 @@ def build(
     **kwargs: Any,  # noqa: ANN401 - passed through to timm
 ) -> FourStages:
     """Build a variant as timm does, on a device and in a dtype."""
+    feature_cfg: dict[str, Any] = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
+    if kwargs.get("dense"):
+        feature_cfg["norm"] = True
     with nullcontext() if device is None else torch.device(device):
         model: FourStages = build_model_with_cfg(
             model_class,
             variant,
             pretrained,
             pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter", "norm": bool(kwargs.get("dense"))},
+            feature_cfg=feature_cfg,
             **{**VARIANTS[variant], **kwargs},
         )
     return model.to(dtype=dtype)

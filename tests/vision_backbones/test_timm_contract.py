@@ -14,15 +14,21 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 import saccade.vision_backbones  # registers the models  # noqa: F401
 from tests.helpers import assert_close, randn
 
+SHALLOW = {"depth": (1, 1, 1, 1)}
 SHALLOW_OVERLOCK = {"depth": (1, 1, 1, 1), "sub_depth": (2, 1)}
 # Constructor arguments that leave few blocks; the widths are those of the variant.
 REDUCED = {
+    "biformer_tiny": SHALLOW,
+    "biformer_small": SHALLOW,
+    "biformer_base": SHALLOW,
+    "biformer_stl": SHALLOW,
+    "biformer_stl_nchw": SHALLOW,
     "overlock_xt": SHALLOW_OVERLOCK,
     "overlock_t": SHALLOW_OVERLOCK,
     "overlock_s": SHALLOW_OVERLOCK,
     "overlock_b": SHALLOW_OVERLOCK,
 }
-SMALLEST = ["overlock_xt"]  # of each family: for what takes seconds
+SMALLEST = ["biformer_tiny", "biformer_stl_nchw", "overlock_xt"]  # of each family: for what takes seconds
 SCRIPT_WARNING = "ignore:.*torch.jit.*"
 
 every_model = pytest.mark.parametrize("name", REDUCED)
