@@ -88,7 +88,11 @@ class Operator:
             lowered = tuple(lower(argument, dtype) for argument in positional)
             with torch.autocast(device, enabled=False):
                 return self.call(lowered, options, backend)
-        return self.choose(self.describe(*positional, **options), backend).run(*arguments)
+        chosen = self.choose(self.describe(*positional, **options), backend)
+        if chosen.name == "triton" and device == "cuda" and not torch.compiler.is_compiling():
+            with torch.cuda.device(positional[0].device):  # Triton launches on the current device, wherever tensors are
+                return chosen.run(*arguments)
+        return chosen.run(*arguments)
 
     def choose(self, problem: Any, backend: str) -> Backend:  # noqa: ANN401 (each operator has its own problem)
         """Return the backend that runs this problem.

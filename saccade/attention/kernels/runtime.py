@@ -7,7 +7,6 @@ strides as runtime arguments, head widths that are no power of two through maske
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from saccade.attention.dispatch import Decision
 
 __all__ = ["INTERPRETING", "Build", "can_run_triton", "dot_precision", "padded"]
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked once: it looks through the file system
 # Triton reads the variable when a kernel is defined; the same reading here keeps both of one opinion.
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -31,7 +31,7 @@ def can_run_triton(device: str, *, exporting: bool = False) -> Decision:
         device: Device type of the tensors.
         exporting: Under ``torch.export`` or ``torch.jit.trace``.
     """
-    if not has_triton():
+    if not HAS_TRITON:
         return Decision(False, "triton is not installed")
     if exporting:
         return Decision(False, "a custom operator cannot be exported")
@@ -40,12 +40,6 @@ def can_run_triton(device: str, *, exporting: bool = False) -> Decision:
     if device == "cpu" and INTERPRETING:
         return Decision(True, "Triton's interpreter, slow: only on request", automatic=False)
     return Decision(False, f"Triton kernels run on cuda, not on {device} (TRITON_INTERPRET=1 runs them on cpu, slowly)")
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Return whether Triton is installed; asked once, since looking for it takes longer than a small operator."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def padded(width: int) -> int:
