@@ -6,6 +6,7 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d
+from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
 from saccade.attention import context_mixing
@@ -17,6 +18,7 @@ __all__ = ["ContMixBlock", "FocusBlock", "GlobalResponseNorm", "LayerScale", "Re
 CENTERS = 7  # region centres along either side of the map
 
 
+@register_notrace_module
 class LayerScale(nn.Module):
     """Scale and shift channels; stored like a depthwise 1 x 1 convolution.
 
@@ -36,6 +38,7 @@ class LayerScale(nn.Module):
         return torch.addcmul(bias.view(-1, 1, 1), x, weight.view(-1, 1, 1))
 
 
+@register_notrace_module
 class GlobalResponseNorm(nn.Module):
     """Computes ``x (gamma n / mean(n) + 1) + beta``, ``n`` the norm of each channel over the map.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
 from saccade.errors import ConfigError
@@ -101,6 +102,7 @@ class DilatedReparamConv(nn.Sequential):
         self.lk_origin.weight, self.lk_origin.bias = nn.Parameter(weight), nn.Parameter(bias)
 
 
+@register_notrace_module  # a node of torch.fx, as any convolution is
 class ResidualDepthwise(nn.Conv2d):
     """Computes ``x + dw3(x)``, with a bias.
 

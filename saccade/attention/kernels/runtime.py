@@ -22,6 +22,7 @@ __all__ = ["INTERPRETING", "Build", "can_run_triton", "dot_precision", "padded"]
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked once: it looks through the file system
 # Triton reads the variable when a kernel is defined; the same reading here keeps both of one opinion.
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # looking takes longer than a small operator
 
 
 def can_run_triton(device: str, *, exporting: bool = False) -> Decision:
