@@ -340,10 +340,15 @@ def gather_rows(tensor: Tensor, tokens: Tensor, heads: int) -> Tensor:
         ``(B, heads, C, T, D)``.
     """
     batch, shared, blocks, count = tokens.shape
+    width = tensor.shape[-1]
     if batch == 1 and shared == 1:
+        if tensor.stride(1) == width and tensor.stride(3) == 1:  # the heads of a token side by side: copied as one row
+            table = tensor[0].transpose(0, 1).flatten(1)
+            rows = table.index_select(0, tokens.flatten()).view(blocks, count, tensor.shape[1], width)
+            return rows.permute(2, 0, 1, 3).unsqueeze(0)
         rows = tensor.index_select(2, tokens.flatten())
     else:
         b = torch.arange(batch, device=tokens.device).view(-1, 1, 1)
         h = (torch.arange(heads, device=tokens.device) // (heads // tensor.shape[1])).view(1, -1, 1)
         rows = tensor[b, h, tokens.flatten(2)]
-    return rows.view(batch, heads, blocks, count, tensor.shape[-1])
+    return rows.view(batch, heads, blocks, count, width)
