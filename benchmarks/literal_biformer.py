@@ -36,9 +36,7 @@ class LiteralRouting(nn.Module):
         out = torch.softmax(q * scale @ k.transpose(-1, -2), -1) @ v
         out = out.transpose(1, 2).flatten(2)  # (B regions, tokens, C)
         out, v = (self.grid(t, batch, rows, columns) for t in (out, kv[..., qk_dim:]))
-        if self.ours.lepe is not None:
-            out = out + self.ours.lepe(v)
-        return self.ours.wo(out)[:, :height, :width]
+        return self.ours.wo(out + local_term(self.ours.lepe, v))[:, :height, :width]
 
     def grid(self, tokens: Tensor, batch: int, rows: int, columns: int) -> Tensor:
         """Put regions together as a map ``(B, H, W, C)``."""
@@ -60,9 +58,15 @@ class LiteralAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         weights = torch.softmax(q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2), -1)
         out = (weights @ v).transpose(1, 2).reshape(x.shape)
-        if self.ours.lepe is not None:
-            out = out + self.ours.lepe(x)
-        return self.ours.proj(out)
+        return self.ours.proj(out + local_term(self.ours.lepe, x))
+
+
+def local_term(lepe: nn.Conv2d | None, x: Tensor) -> Tensor:
+    """Filter a map ``(B, H, W, C)`` with channels first in memory, as the official code lays it out."""
+    if lepe is None:
+        return torch.zeros_like(x)
+    x = x.permute(0, 3, 1, 2).contiguous()
+    return F.conv2d(x, lepe.weight, lepe.bias, padding=lepe.padding, groups=lepe.groups).permute(0, 2, 3, 1)
 
 
 def literal(model: nn.Module) -> nn.Module:
