@@ -11,7 +11,8 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     def poison(allocate):
         def allocate_poisoned(*args, **kwargs):
             tensor = allocate(*args, **kwargs)
-            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+            with torch.no_grad():
+                return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
 
         return allocate_poisoned
 

@@ -290,7 +290,8 @@ def largest_allocation(backend):
     tensors, selection, options, trained = make(shape)
     for tensor in trained:
         tensor.requires_grad_()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:
         out = block_sparse_attention(*tensors, selection, **options, backend=backend)
         torch.autograd.grad(out.sum(), trained)
     return max(event.self_cpu_memory_usage for event in profile.events())

@@ -422,7 +422,7 @@ def build(kernel: Any, kind: str, width: int, block: int, plain: bool) -> Build:
     fixed: dict[str, Any] = tiles_for(token, token, selection, kernel is key_gradient_kernel)
     options = {name: fixed.pop(name) for name in ("num_warps", "num_stages")}
     fixed |= constants(token, token, selection) | ({"key_valid": None} if plain else {})
-    return Build(kernel, signature(kernel, kind, fixed), fixed, spill_bytes=16, **options)
+    return Build(kernel, signature(kernel, kind, fixed), fixed, spill_bytes=24, **options)
 
 
 def signature(kernel: Any, kind: str, fixed: dict[str, Any]) -> dict[str, str]:  # noqa: ANN401

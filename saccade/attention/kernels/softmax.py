@@ -110,14 +110,6 @@ def key_range(order, bounds, key_positions, source, keys, lowest, highest, CAUSA
 
 
 @triton.jit
-def moved(pointer, offset):
-    """Return an optional pointer moved on."""
-    if pointer is not None:
-        pointer += offset
-    return pointer
-
-
-@triton.jit
 def load_keys(key, value, order, start, last, key_s, key_d, value_s, value_d,
               D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
               BLOCK_N: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
@@ -181,11 +173,19 @@ def forward_kernel(
     key += batch * key_b + head // group * key_h
     value += batch * value_b + head // group * value_h
     order_row = batch * order_heads + head % order_heads
-    order, bounds = moved(order, order_row * keys), moved(bounds, order_row * (parts + 1))
-    key_bias = moved(key_bias, order_row * keys)
-    query_positions = moved(query_positions, batch * query_positions_b)
-    key_positions = moved(key_positions, batch * key_positions_b)
-    mask, bias = moved(mask, batch * mask_b + head * mask_h), moved(bias, batch * bias_b + head * bias_h)
+    if order is not None:
+        order += order_row * keys
+        bounds += order_row * (parts + 1)
+    if key_bias is not None:
+        key_bias += order_row * keys
+    if query_positions is not None:
+        query_positions += batch * query_positions_b
+    if key_positions is not None:
+        key_positions += batch * key_positions_b
+    if mask is not None:
+        mask += batch * mask_b + head * mask_h
+    if bias is not None:
+        bias += batch * bias_b + head * bias_h
     source = part
     if key_bias is not None:
         source = tl.where(part == parts, weighted_part, part)
@@ -286,11 +286,19 @@ def query_gradient_kernel(
     key += batch * key_b + head // group * key_h
     value += batch * value_b + head // group * value_h
     order_row = batch * order_heads + head % order_heads
-    order, bounds = moved(order, order_row * keys), moved(bounds, order_row * (parts + 1))
-    key_bias = moved(key_bias, order_row * keys)
-    query_positions = moved(query_positions, batch * query_positions_b)
-    key_positions = moved(key_positions, batch * key_positions_b)
-    mask, bias = moved(mask, batch * mask_b + head * mask_h), moved(bias, batch * bias_b + head * bias_h)
+    if order is not None:
+        order += order_row * keys
+        bounds += order_row * (parts + 1)
+    if key_bias is not None:
+        key_bias += order_row * keys
+    if query_positions is not None:
+        query_positions += batch * query_positions_b
+    if key_positions is not None:
+        key_positions += batch * key_positions_b
+    if mask is not None:
+        mask += batch * mask_b + head * mask_h
+    if bias is not None:
+        bias += batch * bias_b + head * bias_h
     query_position = positions_of(query_positions, i, i_inside, keys - queries)
     highest = tl.max(tl.where(i_inside, query_position, LEAST), 0)
     lowest = tl.min(tl.where(i_inside, query_position, MOST), 0)
@@ -358,10 +366,15 @@ def key_gradient_kernel(
     batch, owner = (batch_owner // owners).to(tl.int64), (batch_owner % owners).to(tl.int64)
     share = heads // owners
     order_row = batch * order_heads + owner * share % order_heads
-    order, bounds = moved(order, order_row * keys), moved(bounds, order_row * (parts + 1))
-    key_bias = moved(key_bias, order_row * keys)
-    query_positions = moved(query_positions, batch * query_positions_b)
-    key_positions = moved(key_positions, batch * key_positions_b)
+    if order is not None:
+        order += order_row * keys
+        bounds += order_row * (parts + 1)
+    if key_bias is not None:
+        key_bias += order_row * keys
+    if query_positions is not None:
+        query_positions += batch * query_positions_b
+    if key_positions is not None:
+        key_positions += batch * key_positions_b
     first, last = 0, keys
     if order is not None:
         first, last = tl.load(bounds + part), tl.load(bounds + part + 1)
@@ -410,12 +423,16 @@ def key_gradient_kernel(
             weight = None
             if key_bias is not None:
                 weight = tl.load(key_bias + j, mask=inside & (extra == 1), other=0.0)[:, None]
+            head_mask, head_bias = mask, bias
+            if mask is not None:
+                head_mask += batch * mask_b + head * mask_h
+            if bias is not None:
+                head_bias += batch * bias_b + head * bias_h
             scores = masked_scores(
                 tl.dot(k, tl.trans(q), input_precision=PRECISION), i[None, :], j[:, None],
                 i_inside[None, :], inside[:, None],
                 positions_of(query_positions, i, i_inside, keys - queries)[None, :], key_position[:, None], weight,
-                moved(mask, batch * mask_b + head * mask_h), mask_l, mask_s,
-                moved(bias, batch * bias_b + head * bias_h), bias_l, bias_s, scale, CAUSAL, not WHOLE,
+                head_mask, mask_l, mask_s, head_bias, bias_l, bias_s, scale, CAUSAL, not WHOLE,
             )  # fmt: skip
             products = tl.dot(v, tl.trans(do), input_precision=PRECISION)
             line = ((batch * heads + head) * results + result) * queries + i
@@ -470,8 +487,9 @@ def build(kernel: Any, width: int, element: str, variant: str) -> Build:  # noqa
         "scale": "fp32",
     }  # fmt: skip
     signature = {name: types.get(name, "i32:16") for name in kernel.arg_names if name not in constants}
-    # At width 128 the blocks that never spill are half as large, and rescale or reload twice as often.
-    spill_bytes = 128 if (width, element) == (128, "bf16") else 0
+    # At width 128 the blocks that never spill are half as large, and rescale or reload twice as often. Triton 3.6 needs
+    # a few registers more for the gradient of keys read through an order.
+    spill_bytes = 128 if (width, element) == (128, "bf16") else 104 if kernel is key_gradient_kernel else 0
     return Build(kernel, signature, constants, launch["num_warps"], launch["num_stages"], spill_bytes)
 
 
