@@ -151,6 +151,8 @@ def draw(page: str, unit: str, rows: dict[int, dict[str, dict[str, float]]]) -> 
         for name in next(iter(rows.values())):
             panel.plot(list(rows), [row[name][column] for row in rows.values()], marker="o", markersize=3, label=name)
         panel.set(xscale="log", yscale="log", xlabel=unit, ylabel=label)
+        panel.set_xticks(list(rows), [f"{n:,}" for n in rows], rotation=30, fontsize=8)
+        panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[0].legend(frameon=False)
     figure.savefig(IMAGES / f"attention-{page}.png", dpi=110)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.golden.case import DATA, Case, load_cases
-from tests.golden.runners import runner
+from tests.golden.runners import discover, runner
 from tests.golden.trim import trim
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -156,6 +156,7 @@ def test_results_of_numbered_parts_are_expected_and_state_is_not():
 
 
 def test_two_runners_for_one_word():
+    discover()
     with pytest.raises(ValueError, match=r"two golden runners for 'attention\.sink\.logit'"):
         runner("attention.sink.logit")(print)
 
