@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.vision_backbones.bi_level_routing import AttentionLePE, BiLevelRoutingAttention
-from saccade.vision_backbones.biformer_blocks import Stage
+from saccade.vision_backbones.recompute import Stage
 
 
 class LiteralRouting(nn.Module):

@@ -16,14 +16,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from itertools import accumulate
 from typing import Any
 
-import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from saccade.checkpoints import unwrap_state_dict
@@ -37,13 +34,14 @@ from saccade.vision_backbones.bi_level_routing import (
 from saccade.vision_backbones.biformer_blocks import (
     Block,
     PostNormBlock,
-    Stage,
     convolutional_mixer,
     downsample,
     mlp,
     patch_downsample,
 )
 from saccade.vision_backbones.biformer_stages import FourStages
+from saccade.vision_backbones.recompute import Stage
+from saccade.vision_backbones.registration import build, published
 
 __all__ = [
     "BiFormer",
@@ -168,7 +166,10 @@ class BiFormer(FourStages):
         stem = nn.Sequential(*downsample(in_chans, half), nn.GELU(), *downsample(half, embed_dim[0]))
         super().__init__(
             [stem, *[downsample(embed_dim[i], embed_dim[i + 1]) for i in range(3)]],
-            [Stage(*[block(i, rate) for rate in rates]) for i, rates in enumerate(stage_rates(drop_path_rate, depth))],
+            [
+                Stage(*[block(i, rate) for rate in rates], channels_last=True)
+                for i, rates in enumerate(stage_rates(drop_path_rate, depth))
+            ],
             embed_dim,
             nn.BatchNorm2d(embed_dim[3]),
             in_chans=in_chans,
@@ -238,7 +239,7 @@ class BiFormerSTL(FourStages):
                 *[patch_downsample(embed_dim[i], embed_dim[i + 1], 2, norm_layer) for i in range(3)],
             ],
             [
-                nn.Sequential(OrderedDict(blocks=Stage(*[block(i, rate) for rate in rates])))
+                nn.Sequential(OrderedDict(blocks=Stage(*[block(i, rate) for rate in rates], channels_last=True)))
                 for i, rates in enumerate(stage_rates(drop_path_rate, depth))
             ],
             embed_dim,
@@ -290,77 +291,52 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def published() -> dict[str, Any]:
-    """Return timm's configuration of the published weights, which no stable address serves: convert the files."""
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "downsample_layers.0.0",
-        "classifier": "head",
-        "license": "mit",
-        "paper_ids": "arXiv:2303.08810",
-        "origin_url": "https://github.com/rayleizhu/BiFormer",
-    }
-
-
-default_cfgs = generate_default_cfgs({f"{variant}.in1k": published() for variant in VARIANTS})
-
-
-def build(
-    model_class: type[FourStages],
-    variant: str,
-    pretrained: bool,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    **kwargs: Any,  # noqa: ANN401 - passed through to timm
-) -> FourStages:
-    """Build a variant as timm does, on a device and in a dtype."""
-    feature_cfg: dict[str, Any] = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
-    if kwargs.get("dense"):
-        feature_cfg["norm"] = True
-    with nullcontext() if device is None else torch.device(device):
-        model: FourStages = build_model_with_cfg(
-            model_class,
-            variant,
-            pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg=feature_cfg,
-            **{**VARIANTS[variant], **kwargs},
+default_cfgs = generate_default_cfgs(
+    {
+        f"{variant}.in1k": published(
+            crop_pct=0.875,
+            first_conv="downsample_layers.0.0",
+            classifier="head",
+            license="mit",
+            paper_ids="arXiv:2303.08810",
+            origin_url="https://github.com/rayleizhu/BiFormer",
         )
-    return model.to(dtype=dtype)
+        for variant in VARIANTS
+    }
+)
+
+
+def build_biformer(variant: str, pretrained: bool, **kwargs: Any) -> FourStages:  # noqa: ANN401 - passed through to timm
+    """Build a variant as timm does."""
+    model_class = BiFormerSTL if "stl" in variant else BiFormer
+    return build(model_class, variant, pretrained, checkpoint_filter_fn, **{**VARIANTS[variant], **kwargs})
 
 
 @register_model
 def biformer_tiny(pretrained: bool = False, **kwargs: Any) -> FourStages:  # noqa: ANN401
     """BiFormer-T: 13.1 M parameters, 2.2 GMAC at 224 px."""
-    return build(BiFormer, "biformer_tiny", pretrained, **kwargs)
+    return build_biformer("biformer_tiny", pretrained, **kwargs)
 
 
 @register_model
 def biformer_small(pretrained: bool = False, **kwargs: Any) -> FourStages:  # noqa: ANN401
     """BiFormer-S: 25.5 M parameters, 4.5 GMAC at 224 px."""
-    return build(BiFormer, "biformer_small", pretrained, **kwargs)
+    return build_biformer("biformer_small", pretrained, **kwargs)
 
 
 @register_model
 def biformer_base(pretrained: bool = False, **kwargs: Any) -> FourStages:  # noqa: ANN401
     """BiFormer-B: 56.8 M parameters, 9.8 GMAC at 224 px."""
-    return build(BiFormer, "biformer_base", pretrained, **kwargs)
+    return build_biformer("biformer_base", pretrained, **kwargs)
 
 
 @register_model
 def biformer_stl(pretrained: bool = False, **kwargs: Any) -> FourStages:  # noqa: ANN401
     """BiFormer-STL: 28.4 M parameters, 4.6 GMAC at 224 px."""
-    return build(BiFormerSTL, "biformer_stl", pretrained, **kwargs)
+    return build_biformer("biformer_stl", pretrained, **kwargs)
 
 
 @register_model
 def biformer_stl_nchw(pretrained: bool = False, **kwargs: Any) -> FourStages:  # noqa: ANN401
     """BiFormer-STL with the later attention: 28.4 M parameters, 4.6 GMAC at 224 px."""
-    return build(BiFormerSTL, "biformer_stl_nchw", pretrained, **kwargs)
+    return build_biformer("biformer_stl_nchw", pretrained, **kwargs)

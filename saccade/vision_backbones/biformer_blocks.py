@@ -7,14 +7,13 @@ from collections.abc import Callable
 
 import torch
 from timm.layers import DropPath
-from timm.models import checkpoint
 from torch import Tensor, nn
 from torchvision.ops import Permute
 
 from saccade.vision_backbones.bi_level_routing import DepthwiseConv
 from saccade.vision_backbones.reparam import ResidualDepthwise
 
-__all__ = ["Block", "PostNormBlock", "Stage", "convolutional_mixer", "downsample", "mlp", "patch_downsample"]
+__all__ = ["Block", "PostNormBlock", "convolutional_mixer", "downsample", "mlp", "patch_downsample"]
 
 NORM_EPS = 1e-6
 
@@ -68,24 +67,6 @@ class PostNormBlock(Block):
         x = self.norm1(x + self.drop_path(scaled(self.attn(x), self.gamma1)))
         x = self.norm2(x + self.drop_path(scaled(self.mlp(x), self.gamma2)))
         return x.permute(0, 3, 1, 2)
-
-
-class Stage(nn.Sequential):
-    """Blocks on one map."""
-
-    def __init__(self, *blocks: nn.Module) -> None:
-        super().__init__(*blocks)
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform ``(B, C, H, W)``."""
-        x = x.contiguous(memory_format=torch.channels_last)
-        for block in self:
-            if self.grad_checkpointing and not torch.jit.is_scripting():  # noqa: SIM108 - scripted only like this
-                x = checkpoint(block, x)
-            else:
-                x = block(x)
-        return x
 
 
 def scaled(x: Tensor, factor: Tensor | None) -> Tensor:

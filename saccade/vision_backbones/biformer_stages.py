@@ -9,7 +9,8 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from saccade.errors import ConfigError
-from saccade.vision_backbones.biformer_blocks import NORM_EPS, Stage
+from saccade.vision_backbones.biformer_blocks import NORM_EPS
+from saccade.vision_backbones.recompute import Stage
 from saccade.vision_backbones.reparam import fuse_for_inference
 
 __all__ = ["FourStages"]
@@ -185,7 +186,7 @@ class FourStages(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what ``forward_intermediates(indices=indices)`` does not need; it alone works afterwards.
+        """Drop what ``forward_intermediates(indices=indices)`` does not need; features then end at the last map left.
 
         Args:
             indices: As there.

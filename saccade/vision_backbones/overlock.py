@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm2d, calculate_drop_path_rates
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -33,11 +32,12 @@ from saccade.vision_backbones.overlock_stages import (
     FocusDownsample,
     FocusStage,
     Head,
-    Stage,
     auxiliary_head,
     downsample,
     init_weights,
 )
+from saccade.vision_backbones.recompute import Stage
+from saccade.vision_backbones.registration import build, published
 from saccade.vision_backbones.reparam import fuse_for_inference, translate_branches
 
 __all__ = ["OverLoCK", "checkpoint_filter_fn", "overlock_b", "overlock_s", "overlock_t", "overlock_xt"]
@@ -243,6 +243,7 @@ class OverLoCK(nn.Module):
             projection = self.high_level_proj
             self.aux_head = auxiliary_head(projection.in_channels, num_classes).to(projection.weight)
             self.aux_head.apply(init_weights)
+        self.train(self.training)
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
@@ -268,11 +269,16 @@ class OverLoCK(nn.Module):
         return self.sub_blocks3(torch.cat([x, guide], 1), guide), context, overview
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return features ``(B, num_features, H / 32, W / 32)`` and the output of the Overview-Net."""
+        """Return the last map, ``(B, num_features, H / 32, W / 32)`` unless pruned, and the Overview-Net's output."""
         x = self.blocks1(self.patch_embed1(x))
-        x = self.blocks2(self.patch_embed2(x))
-        x, context, overview = self.focus(x)
-        return self.sub_blocks4(self.patch_embedx(x), context), overview
+        overview = x  # what a pruned model returns for it: TorchScript wants a tensor
+        if self.last_stage >= 1:
+            x = self.blocks2(self.patch_embed2(x))
+        if self.last_stage >= 2:
+            x, context, overview = self.focus(x)
+            if self.last_stage == 3:
+                x = self.sub_blocks4(self.patch_embedx(x), context)
+        return x, overview
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return features ``(B, num_features, H / 32, W / 32)`` of images ``(B, in_chans, H, W)``."""
@@ -345,7 +351,7 @@ class OverLoCK(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what ``forward_intermediates(indices=indices)`` does not need; it alone works afterwards.
+        """Drop what ``forward_intermediates(indices=indices)`` does not need; features then end at the last map left.
 
         Args:
             indices: As there.
@@ -369,6 +375,7 @@ class OverLoCK(nn.Module):
             self.extra_norm = self.extra_norm[: self.last_stage + 1]
         if prune_head:
             self.head, self.aux_head = None, None
+            self.num_classes, self.head_hidden_size = 0, self.feature_info[self.last_stage]["num_chs"]
         return take
 
 
@@ -423,73 +430,48 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def published(variant: str, crop_pct: float) -> dict[str, Any]:
-    """Return timm's configuration of the published weights."""
-    return {
-        "url": f"https://github.com/LMMMEng/OverLoCK/releases/download/v1/{variant}_in1k_224.pth",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": crop_pct,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed1.0",
-        "classifier": "head.4",
-        "license": "apache-2.0",
-        "paper_ids": "arXiv:2502.20087",
-        "origin_url": "https://github.com/LMMMEng/OverLoCK",
-    }
-
-
 default_cfgs = generate_default_cfgs(
     {
-        "overlock_xt.in1k": published("overlock_xt", 0.925),
-        "overlock_t.in1k": published("overlock_t", 0.95),
-        "overlock_s.in1k": published("overlock_s", 0.95),
-        "overlock_b.in1k": published("overlock_b", 0.975),
+        f"{variant}.in1k": published(
+            crop_pct=crop_pct,
+            first_conv="patch_embed1.0",
+            classifier="head.4",
+            license="apache-2.0",
+            paper_ids="arXiv:2502.20087",
+            origin_url="https://github.com/LMMMEng/OverLoCK",
+        )
+        for variant, crop_pct in zip(VARIANTS, (0.925, 0.95, 0.95, 0.975), strict=True)
     }
 )
 
 
-def build(variant: str, pretrained: bool, **kwargs: Any) -> OverLoCK:  # noqa: ANN401 - passed through to timm
+def build_overlock(variant: str, pretrained: bool, **kwargs: Any) -> OverLoCK:  # noqa: ANN401 - passed through to timm
     """Build a variant as timm does."""
-    features: dict[str, Any] = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
-    if kwargs.get("dense") is not None:
-        features["norm"] = True
     if kwargs.get("aux_head"):
         overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
         kwargs["pretrained_cfg_overlay"] = {"classifier": ("head.4", "aux_head.2"), **overlay}
-    model: OverLoCK = build_model_with_cfg(
-        OverLoCK,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=features,
-        **{**VARIANTS[variant], **kwargs},
-    )
-    return model
+    return build(OverLoCK, variant, pretrained, checkpoint_filter_fn, **{**VARIANTS[variant], **kwargs})
 
 
 @register_model
 def overlock_xt(pretrained: bool = False, **kwargs: Any) -> OverLoCK:  # noqa: ANN401
     """OverLoCK-XT: 16 M parameters merged, 2.6 GMAC at 224 px."""
-    return build("overlock_xt", pretrained, **kwargs)
+    return build_overlock("overlock_xt", pretrained, **kwargs)
 
 
 @register_model
 def overlock_t(pretrained: bool = False, **kwargs: Any) -> OverLoCK:  # noqa: ANN401
     """OverLoCK-T: 33 M parameters merged, 5.5 GMAC at 224 px."""
-    return build("overlock_t", pretrained, **kwargs)
+    return build_overlock("overlock_t", pretrained, **kwargs)
 
 
 @register_model
 def overlock_s(pretrained: bool = False, **kwargs: Any) -> OverLoCK:  # noqa: ANN401
     """OverLoCK-S: 56 M parameters merged, 9.7 GMAC at 224 px."""
-    return build("overlock_s", pretrained, **kwargs)
+    return build_overlock("overlock_s", pretrained, **kwargs)
 
 
 @register_model
 def overlock_b(pretrained: bool = False, **kwargs: Any) -> OverLoCK:  # noqa: ANN401
     """OverLoCK-B: 95 M parameters merged, 16.7 GMAC at 224 px."""
-    return build("overlock_b", pretrained, **kwargs)
+    return build_overlock("overlock_b", pretrained, **kwargs)

@@ -8,24 +8,7 @@ from torch import Tensor, nn
 
 from saccade.vision_backbones.recompute import recompute
 
-__all__ = ["FocusDownsample", "FocusStage", "Head", "Stage", "auxiliary_head", "downsample", "init_weights"]
-
-
-class Stage(nn.Sequential):
-    """Blocks on one map."""
-
-    def __init__(self, *blocks: nn.Module) -> None:
-        super().__init__(*blocks)
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform ``(B, C, H, W)``."""
-        for block in self:
-            if self.grad_checkpointing and not torch.jit.is_scripting():  # noqa: SIM108 - scripted only like this
-                x = recompute(block, x)
-            else:
-                x = block(x)
-        return x
+__all__ = ["FocusDownsample", "FocusStage", "Head", "auxiliary_head", "downsample", "init_weights"]
 
 
 class FocusStage(nn.Sequential):

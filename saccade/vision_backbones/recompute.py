@@ -1,15 +1,42 @@
-"""Gradient checkpointing that leaves the statistics of batch norms alone the second time."""
+"""Gradient checkpointing of stages, which leaves the statistics of batch norms alone the second time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["recompute"]
+__all__ = ["Stage", "recompute"]
+
+
+class Stage(nn.Sequential):
+    """Blocks on one map.
+
+    Args:
+        blocks: Called one after another.
+        channels_last: Lay the map out with channels last in memory before.
+    """
+
+    def __init__(self, *blocks: nn.Module, channels_last: bool = False) -> None:
+        super().__init__(*blocks)
+        self.channels_last = channels_last
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform ``(B, C, H, W)``."""
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        for block in self:
+            if self.grad_checkpointing and not torch.jit.is_scripting():  # noqa: SIM108 - scripted only like this
+                x = recompute(block, x)
+            else:
+                x = block(x)
+        return x
 
 
 def recompute(module: nn.Module, *inputs: Tensor) -> Tensor:
@@ -25,7 +52,9 @@ def recompute(module: nn.Module, *inputs: Tensor) -> Tensor:
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), fixed_statistics(module)
 
-    out: Tensor = checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts)
+    # Compiled code updates them once by itself.
+    options: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": contexts}
+    out: Tensor = checkpoint(module, *inputs, use_reentrant=False, **options)
     return out
 
 

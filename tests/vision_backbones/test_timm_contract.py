@@ -3,6 +3,8 @@
 The same ground as timm's own tests/test_models.py, at small size. Families add their models to ``REDUCED``.
 """
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -151,13 +153,72 @@ def test_forward_intermediates(name):
 @smallest_models
 @pytest.mark.parametrize("last", range(4))
 def test_pruning_keeps_what_is_left(name, last):
-    model, x = make(name), randn(1, 3, 96, 64)
+    """Features then end at the last map left, and no parameter is left that they do not need."""
+    model, x = make(name), randn(2, 3, 96, 64)
     with torch.no_grad():
         expected = model.forward_intermediates(x, intermediates_only=True)[last]
         before = sum(p.numel() for p in model.parameters())
-        assert model.prune_intermediate_layers([last]) == [last]
+        assert model.prune_intermediate_layers([last], prune_norm=True) == [last]
         assert sum(p.numel() for p in model.parameters()) < before
         assert torch.equal(model.forward_intermediates(x, [last], intermediates_only=True)[0], expected)
+        assert torch.equal(model.forward_features(x), expected)
+        assert torch.equal(model(x), expected)
+    model.train().forward_features(x).sum().backward()
+    assert not [key for key, parameter in model.named_parameters() if parameter.grad is None]
+
+
+@smallest_models
+def test_pruning_behind_the_last_map_keeps_the_logits(name):
+    model, x = make(name), randn(1, 3, 96, 64)
+    with torch.no_grad():
+        expected = model(x)
+        model.prune_intermediate_layers([3], prune_head=False)
+        assert torch.equal(model(x), expected)
+
+
+@smallest_models
+def test_device_and_dtype(name):
+    model = make(name, device="meta", dtype=torch.float64)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.float64}
+    model.reset_classifier(0)
+    model.reset_classifier(2)
+    assert {(p.device.type, p.dtype) for p in model.get_classifier().parameters()} == {("meta", torch.float64)}
+    assert not [key for key, module in model.named_modules() if module.training]
+    assert model(torch.zeros(1, 3, 96, 64, device="meta", dtype=torch.float64)).shape == (1, 2)
+
+
+@smallest_models
+def test_resetting_a_frozen_model_leaves_it_frozen(name):
+    model = make(name).requires_grad_(False)
+    model.reset_classifier(0)
+    model.reset_classifier(0, "")
+    assert not [key for key, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+@every_model
+def test_unknown_options_and_weights_that_are_not_there_are_refused(name):
+    with pytest.raises(TypeError, match="not_a_model_arg"):
+        make(name, not_a_model_arg=1)
+    with pytest.raises(RuntimeError, match="No pretrained weights"):
+        make(name, pretrained=True)
+
+
+@pytest.mark.slow
+@smallest_models
+def test_compiled_gradient_checkpointing(name):
+    """One graph; statistics of batch norms are updated once."""
+    torch._dynamo.reset()
+    model, x = make(name).train(), randn(2, 3, 64, 64)
+    twin = copy.deepcopy(model)
+    model.set_grad_checkpointing()
+    torch.compile(model, backend="aot_eager", fullgraph=True)(x).square().mean().backward()
+    twin(x).square().mean().backward()
+    for (key, got), (_, expected) in zip(model.named_buffers(), twin.named_buffers(), strict=True):
+        assert_close(got.float(), expected.float(), msg=key)
+    for (key, got), (_, expected) in zip(model.named_parameters(), twin.named_parameters(), strict=True):
+        assert_close(got.grad, expected.grad, rtol=0, atol=1e-4 * float(expected.grad.abs().max()) + 1e-7, msg=key)
 
 
 @registered_models
