@@ -8,11 +8,13 @@ depend on which other images are in the batch, on resuming or on sharding.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -115,6 +117,7 @@ def image_batches(
         num_workers=min(num_workers, -(-len(paths) // batch_size)),
         collate_fn=Collate(batch_size, data_config["input_size"]),
         pin_memory=device.type == "cuda",
+        worker_init_fn=end_quietly,
     )
     mean = torch.tensor(data_config["mean"], device=device).view(1, -1, 1, 1) * 255
     std = torch.tensor(data_config["std"], device=device).view(1, -1, 1, 1) * 255
@@ -124,6 +127,20 @@ def image_batches(
         now = time.monotonic()
         yield Batch(indices, errors, normalised, (now - last) / len(indices))
         last = now
+
+
+def end_quietly(worker: int) -> None:
+    """Say nothing in a decoding process when its parent, interrupted, leaves while a batch is handed over.
+
+    The thread of ``multiprocessing`` that hands it over would print a traceback.
+    """
+    report = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not issubclass(kind, (EOFError, ConnectionError)):
+            report(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 class Forward:
