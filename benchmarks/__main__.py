@@ -4,9 +4,8 @@ import importlib
 import sys
 from pathlib import Path
 
-NAMES = sorted(
-    path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", "__main__", "harness")
-)
+FOLDER = Path(__file__).parent
+NAMES = sorted(path.stem for path in FOLDER.glob("[a-z]*.py") if "\ndef main() -> None:" in path.read_text("utf-8"))
 
 
 def main() -> int:

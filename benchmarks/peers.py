@@ -14,7 +14,7 @@ def unfolded_context_mixing(
     small_table: Tensor,
     large_table: Tensor,
 ) -> Tensor:
-    """Mix as the official fallback does: full logits, full bias, values unfolded; arguments as ``context_mixing``."""
+    """Mix literally: full logits, full bias, values unfolded; arguments as ``context_mixing``."""
     batch, _, height, width = query.shape
     groups = small_table.shape[0]
     query = query.unflatten(1, (groups, -1)).flatten(3) * (value.shape[1] // groups) ** -0.5
@@ -45,7 +45,7 @@ def relative_positions(length: int, kernel: int) -> Tensor:
 
 def diversification_of_kept_maps(maps: Tensor) -> Tensor:
     """Compute the loss of one layer from softmax maps ``(B, H, N, N)``, step by step; right for any batch size."""
-    mean = maps.clone().mean(1)  # the official layers hand a clone to the loss
+    mean = maps.clone().mean(1)  # the official layers are said to hand a clone to the loss
     column_mean = mean.mean(1, keepdim=True)  # (B, 1, N)
     threshold = 2.0 / maps.shape[-1]
     kept = torch.where(mean > threshold, mean, torch.zeros_like(mean))
@@ -54,7 +54,7 @@ def diversification_of_kept_maps(maps: Tensor) -> Tensor:
 
 
 def unfolded_token_average_pooling(tokens: Tensor, weights: Tensor) -> Tensor:
-    """Pool as the official code does: nine copies of the map for each branch, branches side by side, then weighed."""
+    """Pool literally: nine copies of the map for each branch, branches side by side, then weighed."""
     batch, branches, height, width = weights.shape
     image = tokens.transpose(1, 2).reshape(batch, -1, height, width)
     maps = [image]

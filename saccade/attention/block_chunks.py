@@ -17,7 +17,7 @@ from saccade.attention.sdpa import flash_cpu, flash_cpu_backward_lse, kernel_vie
 
 __all__ = ["block_sparse", "block_sparse_backward"]
 
-CHUNK_BYTES = 1 << 22  # of gathered keys, values and mask; measured: fits the second-level cache with the scores
+CHUNK_BYTES = 1 << 22  # of gathered keys, values and mask of the query blocks that are computed at once
 
 
 @torch.library.custom_op("saccade::block_sparse", mutates_args=())

@@ -24,8 +24,6 @@ class Axis:
 
     A window is of kind ``k`` if its position is its tap ``K - 1 - k``: ``K // 2`` in the middle of the map.
 
-    A window is of kind ``k`` if its position is its tap ``K - 1 - k``: ``K // 2`` in the middle of the map.
-
     Args:
         length: Positions along the side, at least ``kernel``.
         kernel: Taps of a window.
