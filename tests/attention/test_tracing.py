@@ -210,3 +210,11 @@ def test_compile_without_graph_breaks(model):
         assert_close(grad, expected_grad, atol=1e-5 * expected_grad.abs().max().item())  # up to 60, with cancellation
     with use_backend("reference"):
         assert_close(compiled(inputs), expected)
+
+
+def test_onnx(model, tmp_path):
+    runtime = pytest.importorskip("onnxruntime", reason="extra dev")
+    torch.onnx.export(model, (X,), dynamo=True, verbose=False).save(tmp_path / "model.onnx")
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    (got,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
+    assert_close(torch.from_numpy(got), model(X))
