@@ -1,11 +1,13 @@
 """Write docs/cli.md: run every command on generated pictures and record what the screen shows.
 
-python docs/record_cli.py
+python docs/record_cli.py             # the whole page
+python docs/record_cli.py gaze merge  # these sections; the others stay as they are
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -103,15 +105,20 @@ SCREENS = {
 }
 
 
-def main() -> None:
-    """Write the page."""
+def main(names: list[str]) -> None:
+    """Write the page, or the named sections of it."""
+    recorded = dict(re.findall(r"^(## (?:\S+)\n)(.*?)(?=^## |\Z)", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL))
     sections = [INTRODUCTION]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_pictures(folder)
         for command in COMMANDS:
+            heading = f"## {command.name}\n"
+            if names and command.name not in names:
+                sections.append(heading + recorded[heading].removesuffix("\n"))
+                continue
             text, calls = SCREENS[command.name]
-            sections.append(f"## {command.name}\n\n{text}\n")
+            sections.append(f"{heading}\n{text}\n")
             sections += [screen(call, folder, LONGEST) for call in calls]
             for place in parser_places(build_parser(command), command.name):
                 sections.append(screen(f"saccade {place.path.strip()} --help", folder, None))
@@ -147,4 +154,4 @@ def screen(call: str, folder: Path, longest: int | None) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
