@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from saccade.datasets.corruptions import CORRUPTIONS as CORRUPTIONS
+    from saccade.datasets.corruptions import corrupt as corrupt
     from saccade.datasets.digits import DigitsData as DigitsData
     from saccade.datasets.folder import ImageFolderData as ImageFolderData
     from saccade.datasets.idx import IDXData as IDXData
@@ -17,23 +19,27 @@ if TYPE_CHECKING:
 
 # Looked up on first use: reading an image must not import Lightning.
 LAZY = {
+    "CORRUPTIONS": "corruptions",
     "Augmentation": "image_data",
     "DigitsData": "digits",
     "IDXData": "idx",
     "ImageData": "image_data",
     "ImageFolderData": "folder",
     "Preprocess": "image_data",
+    "corrupt": "corruptions",
     "read_idx": "idx",
     "read_image": "images",
 }
 
 __all__ = [
+    "CORRUPTIONS",
     "Augmentation",
     "DigitsData",
     "IDXData",
     "ImageData",
     "ImageFolderData",
     "Preprocess",
+    "corrupt",
     "read_idx",
     "read_image",
 ]
