@@ -245,8 +245,8 @@ def beam_search(
         scenes: B scenes.
         num_beams: Paths kept at every step and returned, K.
         max_length: Most objects per path.
-        length_penalty: Paths are compared by log-probability / length^penalty, the end counted in the length; 0 compares
-            the probabilities themselves, which favours short paths.
+        length_penalty: Paths are compared by log-probability / length^penalty, the end counted in the length; 0
+            compares the probabilities themselves, which favours short paths.
         viewers: int64 ``(B, K)``, whose paths to predict.
 
     Returns:

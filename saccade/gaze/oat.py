@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from saccade.errors import CheckpointError, ConfigError, ShapeError
 from saccade.gaze.oat_features import ConstantEmbedding, CropEmbedding, FeatureEmbedding
-from saccade.gaze.oat_layers import DecoderLayer, EncoderLayer, KeyCache
+from saccade.gaze.oat_layers import Decoder, Encoder, KeyCache
 from saccade.gaze.oat_position import (
     NOWHERE,
     DistancePosition,
@@ -59,7 +59,7 @@ class EncodedScenes:
     tokens: Tensor
     memory: Tensor
     valid: Tensor
-    keys: list[list[Tensor]]
+    keys: list[tuple[Tensor, Tensor]]
     readout: tuple[Tensor, Tensor] | None
 
     @property
@@ -159,12 +159,8 @@ class OAT(nn.Module):
             self.cnn_embedding = FeatureEmbedding(feature_dim, half)
         else:
             self.cnn_embedding = ConstantEmbedding(half)
-        self.transformer_encoder = nn.ModuleDict(
-            {"layers": nn.ModuleList(EncoderLayer(width, heads, hidden, dropout) for _ in range(encoder_layers))}
-        )
-        self.transformer_decoder = nn.ModuleDict(
-            {"layers": nn.ModuleList(DecoderLayer(width, heads, hidden, dropout) for _ in range(decoder_layers))}
-        )
+        self.transformer_encoder = Encoder(encoder_layers, (width, heads, hidden, dropout))
+        self.transformer_decoder = Decoder(decoder_layers, (width, heads, hidden, dropout))
         self.cross_attentions = nn.ModuleList()
         self.readout: nn.Linear | None = None
         self.generator: nn.Linear | None = None
@@ -191,13 +187,13 @@ class OAT(nn.Module):
         if isinstance(self.position, DistancePosition):
             check_inside(scenes.position, self.position_rows)
         if self.vocabulary is not None and self.vocabulary != scenes.num_objects:
-            raise ShapeError(f"The model has a fixed vocabulary of {self.vocabulary}, got {scenes.num_objects} objects.")
+            raise ShapeError(
+                f"The model has a fixed vocabulary of {self.vocabulary}, got {scenes.num_objects} objects."
+            )
         looks = self.look(scenes)
         valid = torch.cat([torch.ones_like(scenes.valid[:, :1]), scenes.valid], 1)
-        memory = self.source_tokens(scenes, looks)
-        for layer in self.transformer_encoder["layers"]:
-            memory = layer(memory, valid[:, None, None])
-        keys = [layer.multihead_attn.project(memory, 1, 2) for layer in self.transformer_decoder["layers"]]
+        memory = self.transformer_encoder(self.source_tokens(scenes, looks), valid[:, None, None])
+        keys = self.transformer_decoder.keys(memory)
         return EncodedScenes(self.path_tokens(scenes, looks), memory, valid, keys, self.fold_readout(memory))
 
     def look(self, scenes: SceneBatch) -> Looks:
@@ -205,7 +201,7 @@ class OAT(nn.Module):
         objects, begin = self.cnn_embedding(scenes)
         is_target = scenes.is_target()
         if scenes.target_features is not None and isinstance(self.cnn_embedding, FeatureEmbedding):
-            target = self.cnn_embedding.embed(scenes.target_features)[:, None]
+            target: Tensor = self.cnn_embedding.embed(scenes.target_features)[:, None]
         else:
             target = (objects * is_target[..., None]).sum(1, keepdim=True)
             target = torch.where(is_target.any(1)[:, None, None], target, begin)
@@ -236,7 +232,7 @@ class OAT(nn.Module):
         """Sum the heads of the object attention: it is linear, so one matrix per scene is all of it."""
         if not self.cross_attentions:
             return None
-        parts = [head.fold(memory) for head in self.cross_attentions]
+        parts = [cast(ObjectAttention, head).fold(memory) for head in self.cross_attentions]
         rows, constants = (torch.stack(part, -1) / self.readout_scale**0.5 for part in zip(*parts, strict=True))
         if self.readout is None:
             return rows[..., 0], constants[..., 0]
@@ -273,9 +269,8 @@ class OAT(nn.Module):
     ) -> Tensor:
         """Run the decoder on tokens ``(B, K, T)`` and return its states ``(B, K, T, E)``."""
         x = self.inputs(encoded, tokens, start, viewers)
-        for number, layer in enumerate(self.transformer_decoder["layers"]):
-            x = layer(x, encoded.keys[number], encoded.mask, caches[number] if caches is not None else None, start)
-        return x
+        states: Tensor = self.transformer_decoder(x, encoded.keys, encoded.mask, caches, start)
+        return states
 
     def class_logits(self, encoded: EncodedScenes, states: Tensor) -> Tensor:
         """Return logits ``(B, K, T, 1 + N)`` of decoder states ``(B, K, T, E)``."""
@@ -320,9 +315,7 @@ class OAT(nn.Module):
         tokens = paths + 1
         return torch.cat([torch.full_like(tokens[..., :1], BEGIN), tokens], -1)
 
-    def begin(
-        self, scenes: SceneBatch, num_paths: int, max_length: int, viewers: Tensor | None = None
-    ) -> OATPaths:
+    def begin(self, scenes: SceneBatch, num_paths: int, max_length: int, viewers: Tensor | None = None) -> OATPaths:
         """Begin K paths in each scene, to be continued step by step.
 
         Args:
@@ -334,7 +327,7 @@ class OAT(nn.Module):
         encoded = self.encode(scenes)
         shape = (len(scenes) * num_paths, self.heads, max_length, self.width // self.heads)
         make = encoded.memory.new_empty
-        caches = [KeyCache(make(shape), make(shape)) for _ in self.transformer_decoder["layers"]]
+        caches = [KeyCache(make(shape), make(shape)) for _ in self.transformer_decoder.layers]
         return OATPaths(self, encoded, caches, viewers)
 
 
@@ -348,16 +341,15 @@ class OATPaths:
         viewers: int64 ``(B, K)`` or ``None``.
     """
 
-    def __init__(
-        self, model: OAT, encoded: EncodedScenes, caches: list[KeyCache], viewers: Tensor | None
-    ) -> None:
+    def __init__(self, model: OAT, encoded: EncodedScenes, caches: list[KeyCache], viewers: Tensor | None) -> None:
         self.model, self.encoded, self.caches, self.viewers = model, encoded, caches, viewers
         self.length = 0
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Append one token to each path, ``(B, K)`` (0 at first, then object + 1), and score the next, ``(B, K, 1 + N)``."""
-        options = {"viewers": self.viewers, "caches": self.caches, "start": self.length}
-        states = self.model.decode(self.encoded, tokens[..., None], **options)  # type: ignore[arg-type]
+        """Append tokens ``(B, K)`` (0 at first, then object + 1) and score the next step, ``(B, K, 1 + N)``."""
+        states = self.model.decode(
+            self.encoded, tokens[..., None], viewers=self.viewers, caches=self.caches, start=self.length
+        )
         self.length += 1
         return self.model.class_logits(self.encoded, states)[:, :, 0]
 

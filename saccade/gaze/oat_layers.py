@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from saccade.attention import attention
 
-__all__ = ["DecoderLayer", "EncoderLayer", "KeyCache", "MultiheadAttention"]
+__all__ = ["Decoder", "DecoderLayer", "Encoder", "EncoderLayer", "KeyCache", "MultiheadAttention"]
 
 
 @dataclass
@@ -49,13 +50,13 @@ class MultiheadAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def project(self, x: Tensor, first: int, count: int) -> list[Tensor]:
-        """Return ``count`` of query, key, value of tokens ``(B, L, E)``, from the ``first`` on, ``(B, H, L, D)`` each."""
+        """Return query, key, value, ``count`` from the ``first`` on, ``(B, H, L, D)`` each, of tokens ``(B, L, E)``."""
         rows = slice(first * x.shape[-1], (first + count) * x.shape[-1])
         parts = F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
         return list(parts.unflatten(-1, (count, self.heads, -1)).permute(2, 0, 3, 1, 4))
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, causal: bool = False
+        self, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, causal: bool = False
     ) -> Tensor:
         """Attend and project, ``(B, L, E)``."""
         dropout = self.dropout if self.training else 0.0
@@ -85,9 +86,12 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Map tokens ``(B, S, E)``; ``mask`` ``(B, 1, 1, S)`` says which are there."""
-        attended = self.self_attn.attend(*self.self_attn.project(x, 0, 3), mask)
+        query, key, value = self.self_attn.project(x, 0, 3)
+        attended = self.self_attn.attend(query, key, value, mask=mask)
         x = self.norm1(x + self.dropout(attended))
-        return self.norm2(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
+        hidden = self.dropout(F.relu(self.linear1(x)))
+        out: Tensor = self.norm2(x + self.dropout(self.linear2(hidden)))
+        return out
 
 
 class DecoderLayer(nn.Module):
@@ -112,7 +116,12 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, scene: list[Tensor], mask: Tensor | None, cache: KeyCache | None = None, start: int = 0
+        self,
+        x: Tensor,
+        scene: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KeyCache | None = None,
+        start: int = 0,
     ) -> Tensor:
         """Map the tokens of K paths in each of B scenes.
 
@@ -130,6 +139,61 @@ class DecoderLayer(nn.Module):
         attended = self.self_attn.attend(query, key, value, causal=length > 1).view_as(x)
         x = self.norm1(x + self.dropout(attended))
         (query,) = self.multihead_attn.project(x.flatten(1, 2), 0, 1)  # the paths are queries side by side
-        attended = self.multihead_attn.attend(query, *scene, mask).view(batch, paths, length, -1)
+        attended = self.multihead_attn.attend(query, *scene, mask=mask).view(batch, paths, length, -1)
         x = self.norm2(x + self.dropout(attended))
-        return self.norm3(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
+        hidden = self.dropout(F.relu(self.linear1(x)))
+        out: Tensor = self.norm3(x + self.dropout(self.linear2(hidden)))
+        return out
+
+
+class Encoder(nn.Module):
+    """Encoder layers in turn.
+
+    Args:
+        depth: Number of them.
+        sizes: Width, heads, hidden units, dropout.
+    """
+
+    def __init__(self, depth: int, sizes: tuple[int, int, int, float]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(*sizes) for _ in range(depth))
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Map tokens ``(B, S, E)``."""
+        for layer in self.layers:
+            x = layer(x, mask)
+        return x
+
+
+class Decoder(nn.Module):
+    """Decoder layers in turn.
+
+    Args:
+        depth: Number of them.
+        sizes: Width, heads, hidden units, dropout.
+    """
+
+    def __init__(self, depth: int, sizes: tuple[int, int, int, float]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(DecoderLayer(*sizes) for _ in range(depth))
+
+    def keys(self, memory: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return key and value of a scene ``(B, S, E)`` for each layer."""
+        pairs = []
+        for layer in self.layers:
+            key, value = cast(DecoderLayer, layer).multihead_attn.project(memory, 1, 2)
+            pairs.append((key, value))
+        return pairs
+
+    def forward(
+        self,
+        x: Tensor,
+        keys: list[tuple[Tensor, Tensor]],
+        mask: Tensor | None,
+        caches: list[KeyCache] | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        """Map tokens ``(B, K, T, E)``; see ``DecoderLayer``."""
+        for number, layer in enumerate(self.layers):
+            x = layer(x, keys[number], mask, None if caches is None else caches[number], start)
+        return x

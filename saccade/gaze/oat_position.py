@@ -66,7 +66,8 @@ def distance_loss(table: Tensor, sigma: float) -> Tensor:
     norms = table.norm(dim=1)
     unit = table / norms[:, None]
     gram = distance_gram(rows, sigma).to(table)
-    return (((unit @ unit.T - gram) ** 2).sum() + ((norms - norms.mean()) ** 2).mean()) / (rows * (rows - 1))
+    loss: Tensor = (((unit @ unit.T - gram) ** 2).sum() + ((norms - norms.mean()) ** 2).mean()) / (rows * (rows - 1))
+    return loss
 
 
 @lru_cache(maxsize=32)
@@ -75,7 +76,8 @@ def gram_root(rows: int, sigma: float, power: float) -> Tensor:
     values, vectors = torch.linalg.eigh(distance_gram(rows, sigma))
     if values[0] <= 0:
         raise ConfigError(f"{rows} positions with sigma {sigma} have no exact codes; choose a smaller sigma.")
-    return (vectors * values**power) @ vectors.T
+    root: Tensor = (vectors * values**power) @ vectors.T
+    return root
 
 
 def distance_table(rows: int, columns: int, *, sigma: float = 2.0, radius: float | None = None) -> Tensor:

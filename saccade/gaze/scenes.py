@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,9 +53,7 @@ class SceneBatch:
             if tensor is not None and tensor.shape != shape:
                 raise ShapeError(f"SceneBatch.{name} must be {shape} beside this position, got {tuple(tensor.shape)}.")
         if self.features is not None and self.features.shape[:2] != (batch, count):
-            raise ShapeError(
-                f"SceneBatch.features must begin with {(batch, count)}, got {tuple(self.features.shape)}."
-            )
+            raise ShapeError(f"SceneBatch.features must begin with {(batch, count)}, got {tuple(self.features.shape)}.")
 
     def __len__(self) -> int:
         return len(self.target)
@@ -71,8 +70,7 @@ class SceneBatch:
 
     def to(self, device: torch.device | str) -> SceneBatch:
         """Return the batch on another device."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return SceneBatch(**{name: t if t is None else t.to(device, non_blocking=True) for name, t in tensors.items()})
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def is_target(self) -> Tensor:
         """Return a bool ``(B, N)``: which object is the one searched for."""
@@ -80,8 +78,13 @@ class SceneBatch:
 
     def __getitem__(self, rows: slice | Tensor) -> SceneBatch:
         """Return some of the scenes."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return SceneBatch(**{name: t if t is None else t[rows] for name, t in tensors.items()})
+        return self.map(lambda tensor: tensor[rows])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> SceneBatch:
+        """Apply a function to every tensor that is there."""
+        tensors: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {name: None if t is None else function(t) for name, t in tensors.items()}
+        return SceneBatch(**changed)
 
 
 def stack_scenes(scenes: Sequence[SceneBatch]) -> SceneBatch:
@@ -93,7 +96,7 @@ def stack_scenes(scenes: Sequence[SceneBatch]) -> SceneBatch:
     if not scenes:
         raise DataError("There are no scenes to stack.", reason="no_scenes")
     most = max(scene.num_objects for scene in scenes)
-    joined: dict[str, Tensor | None] = {}
+    joined: dict[str, Any] = {}
     for field in fields(SceneBatch):
         parts = [getattr(scene, field.name) for scene in scenes]
         if any(part is None for part in parts):
@@ -104,7 +107,7 @@ def stack_scenes(scenes: Sequence[SceneBatch]) -> SceneBatch:
             joined[field.name] = torch.cat(parts)
         else:
             joined[field.name] = torch.cat([pad_objects(part, most) for part in parts])
-    return SceneBatch(**joined)  # type: ignore[arg-type]
+    return SceneBatch(**joined)
 
 
 def pad_objects(tensor: Tensor, count: int) -> Tensor:

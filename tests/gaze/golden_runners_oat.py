@@ -52,7 +52,9 @@ def model_of(case: Case) -> OAT:
 def scenes_of(case: Case, crops: Tensor) -> SceneBatch:
     """Return the scenes of a case."""
     config = case.config
-    grids = [grid_scene(config["rows"], config["cols"], target) for target in case.tensors["input.target_index"].tolist()]
+    grids = [
+        grid_scene(config["rows"], config["cols"], target) for target in case.tensors["input.target_index"].tolist()
+    ]
     bare = stack_scenes(grids)
     return SceneBatch(bare.position, bare.valid, bare.start, bare.target, features=crops.permute(0, 1, 4, 2, 3))
 
@@ -86,7 +88,12 @@ def index_tensors(case: Case) -> dict[str, Tensor]:
     visited = torch.stack([inputs // columns, inputs % columns, (inputs == target[:, None]).long()], -1)
     middle = torch.tensor([rows / 2, columns / 2, 0])
     visited = torch.where((inputs == config["bos_index"])[..., None], middle, visited)
-    return {"output.src_pos": source, "output.tgt_tokens": tokens, "output.src_coords": places, "output.tgt_coords": visited}
+    return {
+        "output.src_pos": source,
+        "output.tgt_tokens": tokens,
+        "output.src_coords": places,
+        "output.tgt_coords": visited,
+    }
 
 
 @runner("gaze.oat_model")
@@ -148,7 +155,9 @@ def decoded(case: Case, model: OAT, scenes: SceneBatch) -> None:
     steps = F.pad(torch.where(running[..., None], steps, -9999.0), (0, 0, 0, length - steps.shape[1]), value=-9999.0)
     got: dict[str, Any] = {"output.greedy": best.objects[:, 0], "output.sampled": drawn.objects[:, 0]}
     got = {name: F.pad(paths, (0, length - paths.shape[1]), value=-1) for name, paths in got.items()}
-    case.compare({name: like(tensor, case, name) for name, tensor in got.items()} | {"output.greedy_step_logits": steps})
+    case.compare(
+        {name: like(tensor, case, name) for name, tensor in got.items()} | {"output.greedy_step_logits": steps}
+    )
     assert best.lengths[:, 0].tolist() == case.config["greedy_lengths"]
     assert drawn.lengths[:, 0].tolist() == case.config["sampled_lengths"]
 
@@ -164,7 +173,10 @@ def position_encoding(case: Case) -> None:
     sigma, width = case.config["sigma"], case.config["sin_emb"]
     table = case.tensors["input.W0"].clone().requires_grad_()
     optimizer = torch.optim.Adam([table], lr=0.01)
-    got = {"output.loss0": distance_loss(table, sigma).detach()[None], "output.gram_target": distance_gram(len(table), sigma)}
+    got = {
+        "output.loss0": distance_loss(table, sigma).detach()[None],
+        "output.gram_target": distance_gram(len(table), sigma),
+    }
     wanted = {int(name.rpartition("_")[2]) for name in case.tensors if name.startswith("output.W_after_")}
     losses = {int(name.rpartition("_")[2]) for name in case.tensors if name.startswith("output.loss_at_iter_")}
     last = int(next(name for name in case.tensors if "gram_after" in name).rpartition("_")[2])
