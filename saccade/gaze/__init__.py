@@ -6,27 +6,63 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from saccade.gaze.decoding import DecodedPaths as DecodedPaths
+    from saccade.gaze.decoding import PathModel as PathModel
+    from saccade.gaze.decoding import beam_search as beam_search
+    from saccade.gaze.decoding import greedy as greedy
+    from saccade.gaze.decoding import log_prob as log_prob
+    from saccade.gaze.decoding import sample as sample
+    from saccade.gaze.oat import OAT as OAT
     from saccade.gaze.objects import assign_objects as assign_objects
     from saccade.gaze.scanpath import Scanpath as Scanpath
     from saccade.gaze.scanpath import ScanpathSet as ScanpathSet
+    from saccade.gaze.scenes import SceneBatch as SceneBatch
+    from saccade.gaze.scenes import box_positions as box_positions
+    from saccade.gaze.scenes import grid_boxes as grid_boxes
+    from saccade.gaze.scenes import grid_scene as grid_scene
+    from saccade.gaze.scenes import stack_scenes as stack_scenes
     from saccade.gaze.validation import Notice as Notice
     from saccade.gaze.validation import notices as notices
 
 # Looked up on first use: reading recordings needs no torch, and a model no file formats.
 LAZY = {
+    "OAT": "oat",
+    "DecodedPaths": "decoding",
     "Notice": "validation",
+    "PathModel": "decoding",
     "Scanpath": "scanpath",
     "ScanpathSet": "scanpath",
+    "SceneBatch": "scenes",
     "assign_objects": "objects",
+    "beam_search": "decoding",
+    "box_positions": "scenes",
+    "greedy": "decoding",
+    "grid_boxes": "scenes",
+    "grid_scene": "scenes",
+    "log_prob": "decoding",
     "notices": "validation",
+    "sample": "decoding",
+    "stack_scenes": "scenes",
 }
 
 __all__ = [
+    "OAT",
+    "DecodedPaths",
     "Notice",
+    "PathModel",
     "Scanpath",
     "ScanpathSet",
+    "SceneBatch",
     "assign_objects",
+    "beam_search",
+    "box_positions",
+    "greedy",
+    "grid_boxes",
+    "grid_scene",
+    "log_prob",
     "notices",
+    "sample",
+    "stack_scenes",
 ]
 
 
