@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from saccade.gaze.decoding import greedy as greedy
     from saccade.gaze.decoding import log_prob as log_prob
     from saccade.gaze.decoding import sample as sample
+    from saccade.gaze.metrics import multimatch as multimatch
     from saccade.gaze.oat import OAT as OAT
     from saccade.gaze.objects import assign_objects as assign_objects
     from saccade.gaze.scanpath import Scanpath as Scanpath
@@ -40,6 +41,7 @@ LAZY = {
     "grid_boxes": "scenes",
     "grid_scene": "scenes",
     "log_prob": "decoding",
+    "multimatch": "metrics",
     "notices": "validation",
     "sample": "decoding",
     "stack_scenes": "scenes",
@@ -60,6 +62,7 @@ __all__ = [
     "grid_boxes",
     "grid_scene",
     "log_prob",
+    "multimatch",
     "notices",
     "sample",
     "stack_scenes",

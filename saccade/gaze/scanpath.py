@@ -388,6 +388,20 @@ class ScanpathSet:
             self.places.fail(int(unknown.argmax()), "width, height", "unknown; this needs the image size", "no_size")
         return sizes
 
+    def durations(self) -> Floats:
+        """Return the durations of all fixations, ``(T,)`` seconds.
+
+        Raises:
+            DataError: If those of a path are not known.
+        """
+        unknown = np.zeros(len(self.x), bool) | (self.duration is None)
+        if self.duration is not None:
+            unknown = np.isnan(self.duration)
+        if unknown.any():
+            path = int(np.searchsorted(self.offsets, unknown.argmax(), side="right")) - 1
+            self.places.fail(path, "duration", "unknown; this needs durations", "no_duration")
+        return np.empty(0) if self.duration is None else self.duration
+
     def concatenate(self, *others: ScanpathSet) -> ScanpathSet:
         """Return one set of this one's paths and those of ``others``.
 

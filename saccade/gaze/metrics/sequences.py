@@ -1,0 +1,146 @@
+"""Ragged sequences, and pairs of them in padded chunks that fit a processor's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saccade.errors import ConfigError
+from saccade.gaze.scanpath import Scanpath, ScanpathSet
+
+__all__ = ["Chunk", "Sequences", "as_pairs", "chunks", "in_bins", "points", "valid_cells"]
+
+ROW_CELLS = 2**14  # of a chunk: float64 rows of a dynamic programme stay in the second-level cache
+MATRIX_CELLS = 2**18
+MOVE_CELLS = 2**24
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """Sequences of different lengths in one array.
+
+    Args:
+        values: ``(C, T)``, C numbers per element.
+        offsets: ``(P + 1,)`` start of each sequence; a sequence may be empty.
+    """
+
+    values: NDArray[np.float64]
+    offsets: NDArray[np.int64]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """``(P,)`` elements of each sequence."""
+        return np.diff(self.offsets)
+
+    def padded(self, index: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return some sequences as ``(C, longest, K)``; behind its end, a sequence repeats its last element."""
+        lengths = self.lengths[index]
+        steps = np.minimum(np.arange(lengths.max())[:, None], lengths - 1)
+        padded: NDArray[np.float64] = self.values[:, self.offsets[index] + steps]
+        return padded
+
+    def repeated(self, counts: NDArray[np.int64]) -> Sequences:
+        """Return the sequences with each element repeated.
+
+        Args:
+            counts: ``(T,)`` how often; 0 leaves an element out.
+        """
+        total = np.concatenate([[0], np.cumsum(counts)])
+        return Sequences(np.repeat(self.values, counts, axis=1), total[self.offsets])
+
+    def first(self, count: int | None) -> Sequences:
+        """Return the first ``count`` elements of each sequence; ``None`` keeps all."""
+        if count is None:
+            return self
+        lengths = np.minimum(self.lengths, count)
+        position = np.arange(self.values.shape[1]) - np.repeat(self.offsets[:-1], self.lengths)
+        return Sequences(self.values[:, position < count], np.concatenate([[0], np.cumsum(lengths)]))
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Some pairs of sequences, padded, pairs last.
+
+    Args:
+        pairs: ``(K,)`` their numbers.
+        first: ``(C, n, K)``.
+        second: ``(C, m, K)``.
+        n: ``(K,)`` lengths of the first sequences.
+        m: ``(K,)`` lengths of the second.
+    """
+
+    pairs: NDArray[np.int64]
+    first: NDArray[np.float64]
+    second: NDArray[np.float64]
+    n: NDArray[np.int64]
+    m: NDArray[np.int64]
+
+
+def chunks(first: Sequences, second: Sequences, *, keeps: str = "rows") -> Iterator[Chunk]:
+    """Yield pairs of similar lengths together, each pair once; pairs with an empty sequence are left out.
+
+    Args:
+        first: P sequences.
+        second: P sequences, each compared with the one of the same number.
+        keeps: What the caller holds in memory: ``"rows"`` of a table, whole ``"tables"`` of numbers, or ``"moves"``,
+            one byte per cell.
+    """
+    n, m = first.lengths, second.lengths
+    order = np.lexsort((m, (n + 3) // 4))
+    order = order[(n > 0)[order] & (m > 0)[order]]
+    start = 0
+    while start < len(order):
+        ahead = order[start : start + ROW_CELLS]
+        rows, columns = np.maximum.accumulate(n[ahead]), np.maximum.accumulate(m[ahead])
+        held = np.arange(1, len(ahead) + 1)
+        fits = held * rows <= ROW_CELLS
+        if keeps != "rows":
+            fits = fits & (held * rows * columns <= (MATRIX_CELLS if keeps == "tables" else MOVE_CELLS))
+        count = max(1, int(fits.sum()))
+        pairs = order[start : start + count]
+        yield Chunk(pairs, first.padded(pairs), second.padded(pairs), n[pairs], m[pairs])
+        start += count
+
+
+def as_pairs(
+    predicted: Scanpath | ScanpathSet, human: Scanpath | ScanpathSet, *, duration: bool = False
+) -> tuple[ScanpathSet, ScanpathSet]:
+    """Return two sets of equal size, whose paths are compared one by one; a single path is a set of one.
+
+    Args:
+        predicted: P paths.
+        human: P paths.
+        duration: Whether durations are needed.
+
+    Raises:
+        ConfigError: If the sets differ in size.
+        DataError: If durations are needed and a path has none.
+    """
+    sets = [ScanpathSet.from_paths([paths]) if isinstance(paths, Scanpath) else paths for paths in (predicted, human)]
+    if len(sets[0]) != len(sets[1]):
+        raise ConfigError(f"Paths are compared one by one, but there are {len(sets[0])} and {len(sets[1])}.")
+    if duration:
+        for paths in sets:
+            paths.durations()
+    return sets[0], sets[1]
+
+
+def points(paths: ScanpathSet) -> Sequences:
+    """Return positions in px as sequences with 2 numbers per fixation."""
+    return Sequences(np.stack([paths.x, paths.y]), paths.offsets)
+
+
+def in_bins(duration: NDArray[np.float64], bin_s: float) -> NDArray[np.float64]:
+    """Return durations in bins, free of the noise of decimals: 0.35 s are 3.5 bins of 0.1 s, not 3.4999999."""
+    return np.round(duration / bin_s, 9)
+
+
+def valid_cells(chunk: Chunk) -> NDArray[np.bool_]:
+    """Return which cells of the padded tables belong to their pair, ``(n, m, K)``."""
+    rows = np.arange(chunk.first.shape[1])[:, None, None] < chunk.n
+    columns = np.arange(chunk.second.shape[1])[:, None] < chunk.m
+    valid: NDArray[np.bool_] = rows & columns
+    return valid
