@@ -55,10 +55,37 @@ BIFORMER = {
 }
 # Parameters as trained; OverLoCK has 3 % fewer after merging the branches of its convolutions.
 OVERLOCK = {"overlock_b": 97_434_816, "overlock_s": 57_795_748, "overlock_t": 34_476_448, "overlock_xt": 16_969_600}
+# Without and with token-aware average pooling (tap_).
+FAN = {
+    "fan_tiny_12_p16_224": (7_319_920, 7_404_688),
+    "fan_small_12_p16_224": (28_345_336, 28_513_048),
+    "fan_base_18_p16_224": (54_350_320, 54_643_360),
+    "fan_large_24_p16_224": (80_574_100, 80_992_468),
+    "fan_tiny_8_p4_hybrid": (7_467_240, 7_523_752),
+    "fan_small_12_p4_hybrid": (26_117_944, 26_257_704),
+    "fan_base_16_p4_hybrid": (50_475_048, 50_735_528),
+    "fan_large_16_p4_hybrid": (76_855_140, 77_238_644),
+    "fan_Xlarge_16_p4_hybrid": (120_407_316, 120_873_916),
+}
+RVT = {
+    "rvt_tiny": (8_646_376, 8_744_968),
+    "rvt_tiny_plus": (10_951_336, 11_049_928),
+    "rvt_small": (22_148_392, 22_316_104),
+    "rvt_small_plus": (23_300_872, 23_468_584),
+    "rvt_base": (86_223_784, 87_091_912),
+    "rvt_base_plus": (88_528_744, 89_396_872),
+}
+SOURCES: tuple[tuple[str, dict[str, int]], ...] = (
+    ("BiFormer, CVPR 2023", BIFORMER),
+    ("OverLoCK, CVPR 2025", OVERLOCK),
+    ("FAN, ICML 2022", {name: plain for name, (plain, _) in FAN.items()}),
+    ("RVT, CVPR 2022", {name: plain for name, (plain, _) in RVT.items()}),
+    ("TAP, ICCV 2023", {f"tap_{name}": pooled for name, (_, pooled) in (FAN | RVT).items()}),
+)
 
 MODELS: tuple[Model, ...] = tuple(
     Model(name, params, "224", source=source, verified="golden grad keys", library="saccade")
-    for source, family in (("BiFormer, CVPR 2023", BIFORMER), ("OverLoCK, CVPR 2025", OVERLOCK))
+    for source, family in SOURCES
     for name, params in family.items()
 )
 

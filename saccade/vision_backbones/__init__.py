@@ -6,7 +6,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 import saccade.vision_backbones.biformer  # registers its models
-import saccade.vision_backbones.overlock  # registers its models  # noqa: F401
+import saccade.vision_backbones.fan  # registers its models
+import saccade.vision_backbones.overlock  # registers its models
+import saccade.vision_backbones.rvt  # registers its models  # noqa: F401
 
 if TYPE_CHECKING:
     from saccade.vision_backbones.attention_overlays import attend as attend

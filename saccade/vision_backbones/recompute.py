@@ -38,6 +38,15 @@ class Stage(nn.Sequential):
                 x = block(x)
         return x
 
+    @torch.jit.unused
+    def steps(self, x: Tensor) -> Iterator[Tensor]:
+        """Yield the map after each block."""
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        for block in self:
+            x = recompute(block, x) if self.grad_checkpointing else block(x)
+            yield x
+
 
 def recompute(module: nn.Module, *inputs: Tensor) -> Tensor:
     """Run a module, keep nothing but its inputs, and run it again in the backward pass.

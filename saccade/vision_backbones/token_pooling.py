@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from saccade.attention import token_average_pooling
 
-__all__ = ["TokenAveragePooling"]
+__all__ = ["PoolingBlock", "TokenAveragePooling", "fit_token_pooling"]
+
+logger = logging.getLogger(__name__)
 
 
 class TokenAveragePooling(nn.Module):
@@ -40,3 +45,48 @@ class TokenAveragePooling(nn.Module):
         image = tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], grid[0], grid[1])
         weights = torch.softmax(self.proj(image) / self.temperature, dim=1)
         return token_average_pooling(tokens, weights.to(tokens.dtype))
+
+
+class PoolingBlock(nn.Module):
+    """A transformer block whose attention may read pooled tokens.
+
+    Args:
+        dim: Width of the tokens.
+        num_scales: Branches of token-aware average pooling; ``None`` means no pooling.
+    """
+
+    def __init__(self, dim: int, num_scales: int | None) -> None:
+        super().__init__()
+        self.dim = dim
+        self.dilation_predictor = None if num_scales is None else TokenAveragePooling(dim, num_scales)
+
+    def pool(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return what attention reads, of tokens ``(B, Y X, C)`` on a grid ``(Y, X)``."""
+        if self.dilation_predictor is None:
+            return tokens
+        pooled: Tensor = self.dilation_predictor(tokens, grid)
+        return pooled
+
+
+def fit_token_pooling(state: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Give the blocks of a model the pooling that a state dict has weights for: its branches, or none.
+
+    Args:
+        state: Weights by key.
+        model: Its blocks are :class:`PoolingBlock`; those that the state dict does not know stay as they are.
+    """
+    changed = ""
+    for name, block in model.named_modules():
+        if not isinstance(block, PoolingBlock) or f"{name}.norm1.weight" not in state:
+            continue
+        weight = state.get(f"{name}.dilation_predictor.proj.0.weight")
+        present = block.dilation_predictor
+        if weight is None:
+            if present is not None:
+                block.dilation_predictor, changed = None, "no token-aware average pooling"
+        elif present is None or present.proj[0].out_channels != weight.shape[0]:
+            like = next(block.parameters())
+            block.dilation_predictor = TokenAveragePooling(block.dim, weight.shape[0]).to(like)
+            changed = f"token-aware average pooling of {weight.shape[0]} scales"
+    if changed:
+        logger.warning("The model follows the weights, which have %s.", changed)

@@ -110,8 +110,11 @@ class Case:
         return {name.removeprefix(start): t for name, t in self.tensors.items() if name.startswith(start)}
 
     def document(self) -> Any:
-        """Return the parsed JSON file of the row: its ``json``, or its ``file``."""
-        return json.loads((self.folder / self.row.get("json", self.row["file"])).read_text(encoding="utf-8"))
+        """Return the parsed JSON file of the row: its ``json``, that of its entry in the index, or its ``file``."""
+        name = self.row.get("json")
+        if name is None:
+            name = self.row["file"] if self.path.suffix == ".json" else f"{self.area}/{self.entry['json']}"
+        return json.loads((self.folder / name).read_text(encoding="utf-8"))
 
     def loss(self, outputs: dict[str, Tensor]) -> Tensor:
         """Return the scalar whose gradients the attention area stores.

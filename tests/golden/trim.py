@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.golden.case import DATA, is_entry_of, read_manifest
+from tests.golden.case import DATA, entries, is_entry_of, read_manifest
 from tests.golden.runners import discover
 
 
@@ -32,26 +32,34 @@ def without(index: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]
     return kept
 
 
+def files(row: dict[str, Any], area: str, index: dict[str, Any]) -> set[str]:
+    """Return the files of a row, as its manifest or the area's index names them."""
+    named = {row["file"], row.get("json")}
+    for key, entry in entries(index):
+        if is_entry_of(row, key, entry) and "json" in entry:
+            named.add(f"{area}/{entry['json']}")
+    return {name for name in named if name is not None}
+
+
 def trim(source: Path, target: Path, words: set[str]) -> list[str]:
     """Replace ``target`` by the part of ``source`` whose runner word is in ``words``; return the ids kept."""
     manifest = read_manifest(source)
     kept = [row for row in manifest["cases"] if row["runner"] in words and row.get("commit", True)]
     shutil.rmtree(target, ignore_errors=True)
-    for row in kept:
-        for name in (row["file"], row.get("json")):
-            if name is not None:
-                (target / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source / name, target / name)
     for area in {row["id"].partition("/")[0] for row in kept}:
-        others = [r for r in manifest["cases"] if r["id"].startswith(area + "/") and r not in kept]
+        rows = [row for row in manifest["cases"] if row["id"].startswith(area + "/")]
         index = json.loads((source / area / "index.json").read_text(encoding="utf-8"))
-        write(target / area / "index.json", without(index, others))
+        write(target / area / "index.json", without(index, [row for row in rows if row not in kept]))
+        for name in {name for row in rows if row in kept for name in files(row, area, index)}:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, target / name)
     write(target / "manifest.json", {**manifest, "cases": kept})
     return [row["id"] for row in kept]
 
 
 def write(path: Path, document: Any) -> None:
-    """Write indented JSON."""
+    """Write indented JSON, in a folder that is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
