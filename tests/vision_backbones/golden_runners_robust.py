@@ -54,7 +54,7 @@ def compare_model(case: Case, model: nn.Module) -> None:
     model.eval().double()
     layers: list[tuple[Tensor, Tensor]] = []
 
-    def receive(point: DiversityPoint, query: Tensor, key: Tensor, **facts: Any) -> None:
+    def receive(query: Tensor, key: Tensor, **facts: Any) -> None:
         scale, multiplier = facts["scale"], facts["logit_multiplier"]
         maps, _ = reference.softmax_weights(query, key, None, None, False, scale, multiplier)
         layers.append((maps, attention_diversification(query, key, **facts)))
@@ -164,7 +164,7 @@ def full_size(case: Case) -> None:
         layers: list[float] = []
         for module in model.modules():
             if isinstance(module, DiversityPoint):
-                module.receiver = lambda point, query, key, layers=layers, **facts: layers.append(
+                module.receiver = lambda query, key, layers=layers, **facts: layers.append(
                     float(attention_diversification(query, key, **facts))
                 )
         with torch.inference_mode():
