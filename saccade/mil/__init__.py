@@ -8,6 +8,9 @@ from saccade.mil.dsmil import DSMIL
 from saccade.mil.instance_pooling import MaxPooling, MeanPooling
 from saccade.mil.loading import load_model
 from saccade.mil.model import MILModel, MILOutput, create_model, models
+from saccade.mil.slide import Slide
+from saccade.mil.tiles import TileGrid, TileOptions, make_grid
+from saccade.mil.tissue import Polygon, Tissue, TissueOptions, find_tissue
 from saccade.mil.transmil import TransMIL
 
 __all__ = [
@@ -21,9 +24,17 @@ __all__ = [
     "MILOutput",
     "MaxPooling",
     "MeanPooling",
+    "Polygon",
+    "Slide",
+    "TileGrid",
+    "TileOptions",
+    "Tissue",
+    "TissueOptions",
     "TransMIL",
     "attention_entropy_maximization",
     "create_model",
+    "find_tissue",
     "load_model",
+    "make_grid",
     "models",
 ]

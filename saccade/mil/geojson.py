@@ -1,0 +1,185 @@
+"""Tissue and tiles as GeoJSON that QuPath opens, and QuPath's edits back as tissue."""
+
+from __future__ import annotations
+
+import json
+import math
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saccade.batch.tables import atomic_path
+from saccade.errors import DataError
+from saccade.mil.slide import Slide
+from saccade.mil.tissue import Polygon, Tissue, rasterize
+
+__all__ = ["read_polygons", "tissue_from_geojson", "write_polygons", "write_tiles"]
+
+NAMESPACE = uuid.UUID("6f3d3b0e-0f3c-4b0e-9c55-7361636d696c")  # ids follow from the content, so that reruns are equal
+COLORS = {"tissue": (0, 160, 80), "tile": (60, 120, 220)}
+LARGEST_FILE = 512 << 20  # bytes; a drawing larger than this is not one
+
+
+def write_polygons(path: str | Path, polygons: Iterable[Polygon]) -> None:
+    """Write outlines as annotations, in level-0 pixels rounded to whole ones.
+
+    Args:
+        path: ``*.geojson``; replaced as a whole.
+        polygons: In level-0 pixels.
+    """
+    features = [
+        feature(
+            {"type": "Polygon", "coordinates": [closed(ring) for ring in (p.exterior, *p.holes)]}, p.name, "annotation"
+        )
+        for p in polygons
+    ]
+    write(path, features)
+
+
+def write_tiles(
+    path: str | Path,
+    coords: NDArray[Any],
+    width: float,
+    height: float,
+    measurements: Mapping[str, Sequence[float]] | None = None,
+) -> None:
+    """Write tiles as QuPath tile objects, which stay quick by the thousand.
+
+    Args:
+        path: ``*.geojson``; replaced as a whole.
+        coords: ``(N, 2)``, top-left corners in level-0 pixels.
+        width: Of a tile in level-0 pixels.
+        height: Likewise.
+        measurements: Numbers of each tile by name, e.g. ``{"Attention": ...}``.
+    """
+    features = []
+    for index, (x, y) in enumerate(np.asarray(coords).tolist()):
+        ring = np.array([[x, y], [x + width, y], [x + width, y + height], [x, y + height]])
+        one = feature({"type": "Polygon", "coordinates": [closed(ring)]}, "tile", "tile")
+        one["properties"]["measurements"] = {name: float(v[index]) for name, v in (measurements or {}).items()}
+        features.append(one)
+    write(path, features)
+
+
+def feature(geometry: dict[str, Any], name: str, kind: str) -> dict[str, Any]:
+    """Return a GeoJSON feature with QuPath's properties."""
+    color = list(COLORS.get(name, COLORS["tissue"]))
+    properties = {
+        "objectType": kind,
+        "name": name,
+        "classification": {"name": name, "color": color},
+        "isLocked": False,
+    }
+    identity = uuid.uuid5(NAMESPACE, json.dumps([kind, name, geometry]))
+    return {"type": "Feature", "id": str(identity), "geometry": geometry, "properties": properties}
+
+
+def closed(ring: NDArray[np.float64]) -> list[list[int]]:
+    """Return a ring with whole coordinates, its first point repeated at the end."""
+    points: list[list[int]] = np.round(ring).astype(np.int64).tolist()
+    return [*points, points[0]]
+
+
+def write(path: str | Path, features: list[dict[str, Any]]) -> None:
+    """Write a collection of features."""
+    with atomic_path(Path(path)) as temporary:
+        temporary.write_text(json.dumps({"type": "FeatureCollection", "features": features}), encoding="utf-8")
+
+
+def read_polygons(path: str | Path) -> tuple[Polygon, ...]:
+    """Read polygons from GeoJSON: a collection, a list of features, one feature or a bare geometry.
+
+    Features that QuPath marks as tiles or detections are passed over, and so are points and lines.
+
+    Args:
+        path: The file, in level-0 pixels.
+
+    Raises:
+        DataError: If it is no GeoJSON, or a ring is no list of finite points; ``reason="bad_geojson"``.
+    """
+    file = Path(path)
+    if file.stat().st_size > LARGEST_FILE:
+        raise DataError(f"{file} has more than {LARGEST_FILE >> 20} MiB; it is no drawing.", reason="bad_geojson")
+    try:
+        document = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file} is no JSON ({error}).", reason="bad_geojson") from error
+    return tuple(
+        polygon
+        for number, (geometry, name) in enumerate(geometries(document, file), start=1)
+        for polygon in parse(geometry, name, f"{file}, feature {number}")
+    )
+
+
+def geometries(document: Any, file: Path) -> Iterator[tuple[Any, str]]:  # noqa: ANN401 - parsed JSON
+    """Yield geometries and names."""
+    if isinstance(document, dict) and document.get("type") == "FeatureCollection":
+        document = document.get("features")
+    if isinstance(document, dict):
+        document = [document]
+    if not isinstance(document, list):
+        raise DataError(
+            f"{file} is no GeoJSON: expected features, got {type(document).__name__}.", reason="bad_geojson"
+        )
+    for item in document:
+        if not isinstance(item, dict):
+            raise DataError(f"{file} is no GeoJSON: a feature is a {type(item).__name__}.", reason="bad_geojson")
+        properties = item.get("properties") or {}
+        if isinstance(properties, dict) and properties.get("objectType") in ("tile", "detection", "cell"):
+            continue
+        labels = properties.get("classification") if isinstance(properties, dict) else None
+        name = labels.get("name") if isinstance(labels, dict) else None
+        yield item.get("geometry") if item.get("type") == "Feature" else item, str(name or "tissue")
+
+
+def parse(geometry: Any, name: str, place: str) -> Iterator[Polygon]:  # noqa: ANN401 - parsed JSON
+    """Yield the polygons of a geometry."""
+    if not isinstance(geometry, dict):
+        return
+    kind, coordinates = geometry.get("type"), geometry.get("coordinates")
+    if kind == "GeometryCollection":
+        for part in geometry.get("geometries") or []:
+            yield from parse(part, name, place)
+    elif kind in ("Polygon", "MultiPolygon"):
+        for rings in [coordinates] if kind == "Polygon" else coordinates or []:
+            if not isinstance(rings, list) or not rings:
+                raise DataError(f"{place}: a polygon has no rings.", reason="bad_geojson")
+            exterior, *holes = (parse_ring(ring, place) for ring in rings)
+            yield Polygon(exterior, tuple(holes), name)
+
+
+def parse_ring(ring: Any, place: str) -> NDArray[np.float64]:  # noqa: ANN401 - parsed JSON
+    """Return a ring ``(P, 2)`` without its repeated end."""
+    try:
+        points = np.array([[float(point[0]), float(point[1])] for point in ring]).reshape(-1, 2)
+    except (TypeError, ValueError, IndexError, KeyError) as error:
+        raise DataError(f"{place}: a ring is no list of points ({error}).", reason="bad_geojson") from error
+    if not np.isfinite(points).all() or np.abs(points).max(initial=0) > 2**40:
+        raise DataError(f"{place}: a ring has coordinates that are no pixels.", reason="bad_geojson")
+    if len(points) > 1 and (points[0] == points[-1]).all():
+        points = points[:-1]
+    if len(points) < 3:
+        raise DataError(f"{place}: a ring has {len(points)} points, expected 3 or more.", reason="bad_geojson")
+    return points
+
+
+def tissue_from_geojson(path: str | Path, slide: Slide, *, mpp: float = 8.0) -> Tissue:
+    """Return the tissue that a GeoJSON file draws on a slide.
+
+    Args:
+        path: The file, in level-0 pixels; parts outside the slide are cut off.
+        slide: The slide.
+        mpp: Resolution of the mask in microns per pixel.
+
+    Raises:
+        DataError: As :func:`read_polygons`; or if the slide's resolution is not known.
+    """
+    resolution = slide.require_resolution()
+    scale_x, scale_y = max(1.0, mpp / resolution.x), max(1.0, mpp / resolution.y)
+    shape = (max(1, math.ceil(slide.height / scale_y)), max(1, math.ceil(slide.width / scale_x)))
+    polygons = read_polygons(path)
+    return Tissue(rasterize(polygons, shape, scale_x, scale_y), scale_x, scale_y, polygons, "geojson")
