@@ -42,12 +42,12 @@ def test_tissue_of_a_drawn_slide(drawn, method):
 
 def test_pen_is_no_tissue_and_small_slides_keep_theirs(tmp_path):
     pixels, mask = drawn_slide(1200, 900)
-    cv2.line(pixels, (20, 20), (1100, 60), (20, 60, 200), 14)
-    cv2.line(pixels, (20, 880), (900, 860), (15, 15, 15), 14)
+    cv2.line(pixels, (20, 20), (1100, 60), (20, 60, 200), 70)
+    cv2.line(pixels, (20, 880), (900, 860), (15, 15, 15), 70)
     slide = Slide(write_pyramid(tmp_path / "pen.tif", pixels))
     assert overlap(at_level_0(find_tissue(slide, TissueOptions(mpp=4.0)), mask.shape), mask) > 0.95
     kept = find_tissue(slide, TissueOptions(mpp=4.0, pens=False))
-    assert at_level_0(kept, mask.shape)[:70].sum() > 5000
+    assert at_level_0(kept, mask.shape)[:60].sum() > 5000
     assert find_tissue(slide, TissueOptions(min_area_mm2=50)).mask.any()
 
 
@@ -169,7 +169,7 @@ def test_grid_borders_and_tissue(drawn):
             for x, y in make_grid(slide, None, TileOptions(tile_px=128)).coords
         ]
         expected = sum(s >= share if share else s > 0 for s in exact)
-        assert abs(len(grid) - expected) <= max(2, 0.06 * expected)
+        assert abs(len(grid) - expected) <= max(3, 0.06 * expected)
         assert (grid.tissue >= share).all()
         assert (np.diff(grid.coords[:, 1]) >= 0).all()
 
