@@ -7,13 +7,13 @@ down; durations in seconds; boxes ``(x1, y1, x2, y2)`` in pixels. Degrees of vis
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, cast, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from saccade.errors import ConfigError, DataError, suggest
+from saccade.errors import ConfigError, suggest
 from saccade.gaze.validation import Places, check_paths
 
 __all__ = ["Scanpath", "ScanpathSet"]
@@ -69,6 +69,15 @@ class Scanpath:
 
     def __post_init__(self) -> None:
         ScanpathSet.from_paths([self])
+
+    @classmethod
+    def unchecked(cls, **values: Any) -> Scanpath:  # noqa: ANN401 - as the fields are typed
+        """Return a record as it stands, for a set that will check it and can say where it came from."""
+        record = object.__new__(cls)
+        defaults = {entry.name: entry.default for entry in fields(cls) if entry.default is not MISSING}
+        for name, value in {**defaults, "meta": {}, **values}.items():
+            object.__setattr__(record, name, value)
+        return record
 
     def __len__(self) -> int:
         return len(self.x)
@@ -152,10 +161,10 @@ class ScanpathSet:
             DataError: As the constructor.
         """
         records = list(paths)
-        for record in records:
-            normalise(record)
-        lengths = [len(r.x) for r in records]
         places = places or Places()
+        for number, record in enumerate(records):
+            normalise(record, number, places)
+        lengths = [len(r.x) for r in records]
         places.check_lengths(
             [{"x": len(r.x), "y": len(r.y), "duration": size(r.duration), "objects": size(r.objects)} for r in records]
         )
@@ -402,6 +411,11 @@ class ScanpathSet:
             self.places.fail(path, "duration", "unknown; this needs durations", "no_duration")
         return np.empty(0) if self.duration is None else self.duration
 
+    def with_split(self, name: str) -> ScanpathSet:
+        """Return the same paths with ``split`` set to a name."""
+        column = np.full(len(self), name, object)
+        return replace(self, split=column)
+
     def concatenate(self, *others: ScanpathSet) -> ScanpathSet:
         """Return one set of this one's paths and those of ``others``.
 
@@ -411,24 +425,24 @@ class ScanpathSet:
         return ScanpathSet.from_paths([path for part in (self, *others) for path in part])
 
 
-def normalise(record: Scanpath) -> None:
-    """Bring the fields of a record to their types, as copies that nobody can write to.
+def normalise(record: Scanpath, number: int, places: Places) -> None:
+    """Bring the fields of a record to their types, as arrays that nobody can write to.
 
     Raises:
         DataError: If one does not hold numbers.
     """
     for name in ("x", "y", "duration", "target_box", "boxes", "objects"):
         value = getattr(record, name)
-        if value is not None:
-            kind = np.int64 if name == "objects" else np.float64
-            try:
-                array = np.array(value, kind)
-            except (TypeError, ValueError) as error:
-                raise DataError(
-                    f"{record.image}, {name}: {value!r} is not numbers: {error}", reason="not_a_number"
-                ) from None
-            array.flags.writeable = False
-            object.__setattr__(record, name, array)
+        kind = np.int64 if name == "objects" else np.float64
+        frozen = isinstance(value, np.ndarray) and value.dtype == kind and not value.flags.writeable
+        if value is None or frozen:
+            continue
+        try:
+            array = np.array(value, kind)
+        except (TypeError, ValueError) as error:
+            places.fail(number, name, f"{value!r} is not numbers: {error}", "not_a_number")
+        array.flags.writeable = False
+        object.__setattr__(record, name, array)
     for name in STRINGS:
         object.__setattr__(record, name, text(getattr(record, name)))
 

@@ -14,7 +14,7 @@ from saccade.errors import DataError
 if TYPE_CHECKING:
     from saccade.gaze.scanpath import ScanpathSet
 
-__all__ = ["Notice", "Places", "check_paths", "notices"]
+__all__ = ["Notice", "Places", "ScanpathWarning", "check_paths", "notices", "outside_image"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,10 @@ class Places:
             for name, size in rest:
                 if size != length:
                     self.fail(number, name, f"{size} values, but {first} has {length}", "length_mismatch")
+
+
+class ScanpathWarning(UserWarning):
+    """Something that :func:`notices` found in recordings that were read."""
 
 
 @dataclass(frozen=True)
