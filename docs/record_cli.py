@@ -65,6 +65,14 @@ SCREENS = {
         ],
     ),
     "attend": ("Pictures of where a model looks.", ["saccade attend mixed/ -m runs/pets -o overlays/"]),
+    "robustness": (
+        "Accuracy of a classifier under corruption and shift: ImageNet-C, -P, -A, -R, -Sketch, -V2, or corruptions "
+        "made on the fly of any folder of images. Folders that a download lacks are named, never skipped.",
+        [
+            "saccade robustness photos/test -m runs/pets -o corrupted/ --suite corruptions "
+            "--corruptions blur,fog --severities 1,5"
+        ],
+    ),
     "merge": ("Unites the outputs of `--shard` runs.", ["saccade merge features.h5"]),
     "list": (
         "What there is. `VERIFIED` says what tests compare with the official code: `golden` outputs, `grad` gradients, "

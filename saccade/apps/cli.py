@@ -49,6 +49,9 @@ COMMANDS: tuple[Command, ...] = (
     Command("classify", "Run on your files", "class probabilities of images, as a table", "classify"),
     Command("embed", "Run on your files", "feature vectors of images, as HDF5, npy or zarr", "embed"),
     Command("attend", "Run on your files", "pictures of where a model looks", "attend"),
+    Command(
+        "robustness", "Run on your files", "accuracy under corruption and shift (ImageNet-C, -P, -A, ...)", "robustness"
+    ),
     Command("merge", "Run on your files", "unite the outputs of --shard runs", "merge"),
     Command("list", "Catalogue", "models, operators, configs", "list_command"),
     Command("config", "Configs", "list, show, copy and check shipped configs", "config"),

@@ -20,17 +20,21 @@ if TYPE_CHECKING:
     from saccade.vision_backbones.loading import ModelSource as ModelSource
     from saccade.vision_backbones.loading import create_model as create_model
     from saccade.vision_backbones.loading import load_model as load_model
+    from saccade.vision_backbones.robustness import RobustnessSummary as RobustnessSummary
+    from saccade.vision_backbones.robustness import evaluate_robustness as evaluate_robustness
 
 # Looked up on first use: a worker process that decodes images needs neither Lightning nor matplotlib.
 LAZY = {
     "ImageClassifier": "classifier",
     "LoadedModel": "loading",
     "ModelSource": "loading",
+    "RobustnessSummary": "robustness",
     "attend": "attention_overlays",
     "classify": "inference",
     "convert_checkpoint": "convert",
     "create_model": "loading",
     "embed": "inference",
+    "evaluate_robustness": "robustness",
     "load_model": "loading",
 }
 
@@ -38,11 +42,13 @@ __all__ = [
     "ImageClassifier",
     "LoadedModel",
     "ModelSource",
+    "RobustnessSummary",
     "attend",
     "classify",
     "convert_checkpoint",
     "create_model",
     "embed",
+    "evaluate_robustness",
     "load_model",
 ]
 

@@ -41,7 +41,18 @@ from saccade.datasets.images import read_image
 from saccade.errors import ConfigError, DataError
 from saccade.vision_backbones.loading import ModelSource, load_model
 
-__all__ = ["Session", "classify", "embed", "image_batches"]
+__all__ = [
+    "Batch",
+    "Collate",
+    "Forward",
+    "PreparedModel",
+    "Session",
+    "classify",
+    "embed",
+    "end_quietly",
+    "image_batches",
+    "normalised",
+]
 
 PRECISION_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -89,6 +100,7 @@ class Collate:
         self.shape = (batch_size, *input_size)
 
     def __call__(self, samples: list[tuple[int, Tensor | DataError]]) -> tuple[list[int], dict[int, DataError], Tensor]:
+        """Return the indices, the errors by slot, and the images ``(B, 3, Y, X)``, uint8."""
         images = torch.zeros(self.shape, dtype=torch.uint8)
         errors = {}
         for slot, (_, image) in enumerate(samples):
@@ -119,6 +131,11 @@ def image_batches(
         pin_memory=device.type == "cuda",
         worker_init_fn=end_quietly,
     )
+    yield from normalised(loader, data_config, device)
+
+
+def normalised(loader: DataLoader[Any], data_config: Mapping[str, Any], device: torch.device) -> Iterator[Batch]:
+    """Yield what a loader with ``Collate`` gives, on the device and with mean and standard deviation of the model."""
     mean = torch.tensor(data_config["mean"], device=device).view(1, -1, 1, 1) * 255
     std = torch.tensor(data_config["std"], device=device).view(1, -1, 1, 1) * 255
     last = time.monotonic()
@@ -156,6 +173,7 @@ class Forward:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
+        """Return the model's output, float32 on the CPU."""
         while True:
             try:
                 with torch.autocast(self.device.type, self.dtype) if self.autocast else nullcontext():
@@ -280,14 +298,11 @@ def embed(
     return session.process(run, function, save)
 
 
-class Session:
-    """What ``classify`` and ``embed`` share: items, model, device and the loop over batches."""
+class PreparedModel:
+    """A model with its device and precision, seeded, and what is to be recorded of them."""
 
-    def __init__(
-        self, inputs: str | Path | Sequence[str | Path], model: str | ModelSource, options: BatchOptions | None
-    ) -> None:
+    def __init__(self, model: str | ModelSource, options: BatchOptions | None) -> None:
         self.options = options or BatchOptions()
-        self.items = find_items(inputs, extensions=IMAGE_EXTENSIONS)  # before any model is built
         self.device = resolve_device(self.options.device)
         self.dtype = resolve_precision(self.options.precision, self.device)
         seed_everything(self.options.seed, deterministic=self.options.deterministic)
@@ -311,6 +326,22 @@ class Session:
             "preprocess": json.dumps(self.loaded.data_config),
         }
 
+    @property
+    def title(self) -> str:
+        """What the header says beside the command."""
+        millions = self.loaded.num_parameters / 1e6
+        return f"{self.loaded.name} ({millions:.1f} M)  {self.device} {self.settings['precision']}"
+
+
+class Session(PreparedModel):
+    """What ``classify`` and ``embed`` share: items, model, device and the loop over batches."""
+
+    def __init__(
+        self, inputs: str | Path | Sequence[str | Path], model: str | ModelSource, options: BatchOptions | None
+    ) -> None:
+        self.items = find_items(inputs, extensions=IMAGE_EXTENSIONS)  # before any model is built
+        super().__init__(model, options)
+
     def run(
         self,
         command: str,
@@ -321,8 +352,6 @@ class Session:
         arrays: Mapping[str, ArrayOutput] | None = None,
     ) -> Run:
         """Open the batch run."""
-        millions = self.loaded.num_parameters / 1e6
-        title = f"{self.loaded.name} ({millions:.1f} M)  {self.device} {self.settings['precision']}"
         return Run(
             command,
             items=self.items,
@@ -331,7 +360,7 @@ class Session:
             options=self.options,
             table=table,
             arrays=arrays,
-            title=title,
+            title=self.title,
         )
 
     def process(

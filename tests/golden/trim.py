@@ -50,7 +50,9 @@ def trim(source: Path, target: Path, words: set[str]) -> list[str]:
         rows = [row for row in manifest["cases"] if row["id"].startswith(area + "/")]
         index = json.loads((source / area / "index.json").read_text(encoding="utf-8"))
         write(target / area / "index.json", without(index, [row for row in rows if row not in kept]))
-        for name in {name for row in rows if row in kept for name in files(row, area, index)}:
+        names = {name for row in rows if row in kept for name in files(row, area, index)}
+        beside = {str(Path(name).with_suffix(".safetensors")) for name in names}  # tensors that a JSON file describes
+        for name in names | {name for name in beside if (source / name).exists()}:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, target / name)
     write(target / "manifest.json", {**manifest, "cases": kept})
