@@ -86,7 +86,8 @@ def fit_token_pooling(state: Mapping[str, Tensor], model: nn.Module) -> None:
                 block.dilation_predictor, changed = None, "no token-aware average pooling"
         elif present is None or present.proj[0].out_channels != weight.shape[0]:
             like = next(block.parameters())
-            block.dilation_predictor = TokenAveragePooling(block.dim, weight.shape[0]).to(like)
+            pooling = TokenAveragePooling(block.dim, weight.shape[0]).to(like)
+            block.dilation_predictor = pooling.train(block.training)
             changed = f"token-aware average pooling of {weight.shape[0]} scales"
     if changed:
         logger.warning("The model follows the weights, which have %s.", changed)
