@@ -131,6 +131,13 @@ def test_checkpointing_has_the_gradients_of_logits_and_diversity():
         assert_close(got.grad, expected.grad, atol=1e-5 * float(expected.grad.abs().max()) + 1e-9, msg=key)
 
 
+def test_published_size_of_the_released_weights():
+    """92.1 M, which no name stands for: masks in all blocks, MLPs without convolutions."""
+    with torch.device("meta"):
+        model = timm.create_model("tap_rvt_base", masked_blocks=12, mlp_type="linear")
+    assert sum(p.numel() for p in model.parameters()) == 92_089_288
+
+
 def test_stochastic_depth_rises_and_stays_below_the_rate():
     model = timm.create_model("tap_rvt_tiny", drop_path_rate=0.3, **SMALL)
     rates = [getattr(block.drop_path, "drop_prob", 0.0) for stage in model.transformers for block in stage.blocks]
