@@ -13,6 +13,7 @@ EXAMPLES = {
     "attend": [
         "saccade attend photos/ -m runs/flowers -o overlays/",
         "saccade attend photos/ -m resnet50 --weights w.safetensors -o overlays/ --class 207 --maps maps.h5",
+        "saccade attend photo.jpg -m biformer_tiny --weights w.safetensors -o routes/ --method routes --at 310,180",
     ]
 }
 
@@ -24,15 +25,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("map")
     group.add_argument(
         "--method",
-        choices=["auto", "rollout", "last-layer", "cam"],
+        choices=["auto", "rollout", "last-layer", "cam", "routes", "kernels"],
         default="auto",
-        help="auto: attention rollout for global-attention ViTs, else last-layer attention, else class activation",
+        help="auto: attention rollout for global-attention ViTs, else last-layer attention, else class activation; "
+        "routes: the regions that one place reads (BiFormer); kernels: those that one place makes (OverLoCK)",
     )
     group.add_argument("--layer", metavar="NAME", help="read this module, e.g. blocks.6 (default: the last)")
     group.add_argument(
         "--class", dest="class_name", metavar="CLASS", help="map this class, by name or index (default: the top class)"
     )
-    group.add_argument("--heads", choices=["mean", "max"], default="mean", help="merge attention heads (default: mean)")
+    group.add_argument(
+        "--at",
+        metavar="X,Y",
+        help="the place for routes and kernels: pixels of the photograph (310,180) or shares of its sides (0.5,0.25) "
+        "(default: the middle)",
+    )
+    group.add_argument(
+        "--heads", default="mean", metavar="mean|max|N", help="merge attention heads, or take one (default: mean)"
+    )
     group.add_argument("--alpha", type=float, default=0.5, metavar="F", help="opacity, 0 to 1 (default: 0.5)")
     group.add_argument("--maps", metavar="FILE", help="also write the maps as an array: .h5, .npy or .zarr")
     add_batch_options(parser)
@@ -41,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     from saccade.vision_backbones.attention_overlays import attend
+    from saccade.vision_backbones.places import parse_place
 
     summary = attend(
         args.inputs,
@@ -50,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         layer=args.layer,
         class_name=args.class_name,
         heads=args.heads,
+        at=None if args.at is None else parse_place(args.at),
         alpha=args.alpha,
         maps=args.maps,
         options=batch_options(args),

@@ -18,7 +18,7 @@ from saccade.attention.blocks import (
     regions_valid,
     select_blocks,
 )
-from saccade.attention.context_mixing import context_mixing
+from saccade.attention.context_mixing import ContextKernels, context_kernels, context_mixing
 from saccade.attention.decay import LinearAttention, decay_slopes
 from saccade.attention.dispatch import Decision, Explanation, Operator, explain, operators, use_backend
 from saccade.attention.diversification import attention_diversification, attention_diversification_from_maps
@@ -41,6 +41,7 @@ __all__ = [
     "AttentionStatistics",
     "BlockGeometry",
     "BlockSelection",
+    "ContextKernels",
     "Decision",
     "Explanation",
     "GateStatistics",
@@ -59,6 +60,7 @@ __all__ = [
     "block_sparse_attention",
     "block_sparse_attention_lse",
     "combine_heads",
+    "context_kernels",
     "context_mixing",
     "decay_slopes",
     "explain",

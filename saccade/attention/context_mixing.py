@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from saccade.attention.recompute import register_backward
 from saccade.attention.windows import TileRow, Windows
 from saccade.errors import ShapeError
 
-__all__ = ["context_mixing"]
+__all__ = ["ContextKernels", "context_kernels", "context_mixing"]
 
 
 def context_mixing(
@@ -76,6 +77,66 @@ def context_mixing(
     tensors = (query, key, value, projection, projection_bias, small_table, large_table)
     out: Tensor = CONTEXT_MIXING.call(tensors, {"scale": scale}, backend)
     return out
+
+
+class ContextKernels(NamedTuple):
+    """The kernels of every position; float32, or float64 for float64 input.
+
+    Args:
+        small: ``(B, G, S, S, H, W)``; the weights of a position sum to 1.
+        large: ``(B, G, K, K, H, W)``.
+    """
+
+    small: Tensor
+    large: Tensor
+
+
+def context_kernels(
+    query: Tensor,
+    key: Tensor,
+    projection: Tensor,
+    projection_bias: Tensor,
+    small_table: Tensor,
+    large_table: Tensor,
+    *,
+    scale: float,
+) -> ContextKernels:
+    """Return the kernels that :func:`context_mixing` makes and does not keep, to look at.
+
+    Tap ``(a, b)`` of position ``(y, x)`` weighs the value at ``(clamp(y - K // 2, 0, H - K) + a, ...)``, and likewise
+    along x. Takes ``B G (S S + K K) H W`` numbers.
+
+    Args:
+        query: As there; so the other tensors.
+        key: See there.
+        projection: See there.
+        projection_bias: See there.
+        small_table: See there.
+        large_table: See there.
+        scale: Factor of the products; there is no value whose width could decide it.
+
+    Raises:
+        ShapeError: As there.
+    """
+    groups = small_table.shape[0]
+    value = query.repeat(1, 2, 1, 1)  # any value: only its shape is looked at
+    problem = describe(query, key, value, projection, projection_bias, small_table, large_table, scale=scale)
+    taps = tap_kernels(query, key, projection, groups, query.shape[1], scale)
+    logits = taps @ query.to(taps.dtype).flatten(2).unflatten(1, (groups, -1))  # (B, G, S S + K K, H W)
+    kernels = []
+    for size, table, part, bias in (
+        (problem.small, small_table, logits[:, :, : problem.small**2], projection_bias[: problem.small**2]),
+        (problem.large, large_table, logits[:, :, problem.small**2 :], projection_bias[problem.small**2 :]),
+    ):
+        rows, columns = (
+            reference.neighbours(side, size, query.device)[:, 0] - torch.arange(side, device=query.device) + size - 1
+            for side in (problem.height, problem.width)
+        )
+        biases = window_biases(table, bias)[:, rows][:, :, columns]  # (G, H, W, size, size)
+        shifted = part + biases.flatten(3).permute(0, 3, 1, 2).flatten(2)
+        shape = (size, size, problem.height, problem.width)
+        kernels.append(torch.softmax(shifted, 2).reshape(query.shape[0], groups, *shape))
+    return ContextKernels(*kernels)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,12 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from timm.utils import AttentionExtract
 from torch import Tensor, nn
 
+from saccade.errors import ConfigError
+
 __all__ = [
     "Rollout",
     "attention_points",
+    "check_head",
     "merge_heads",
     "query_rows",
     "stitch_windows",
@@ -98,15 +101,27 @@ def watch_attention(
             owner.fused_attn = True
 
 
+def check_head(heads: str, count: int, name: str) -> None:
+    """Raise if ``heads`` is the number of a head that a module does not have.
+
+    Raises:
+        ConfigError: See there.
+    """
+    if heads.isdecimal() and int(heads) >= count:
+        raise ConfigError(f"{name} has heads 0 to {count - 1}; there is no head {heads}.")
+
+
 def merge_heads(attention: Tensor, heads: str) -> Tensor:
     """Reduce attention ``(B, H, N, M)`` to ``(B, N, M)`` with rows that sum to 1.
 
     Args:
         attention: Weights per head.
-        heads: ``"mean"``, or ``"max"``: the largest weight of any head, rows normalised again.
+        heads: ``"mean"``; ``"max"``: the largest weight of any head, rows normalised again; or the number of a head.
     """
     if heads == "mean":
         return attention.mean(1)
+    if heads.isdecimal():
+        return attention[:, int(heads)]
     largest = attention.amax(1)
     return largest / largest.sum(-1, keepdim=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,13 +18,18 @@ from torch import Tensor
 
 from saccade import __version__
 from saccade.batch import IMAGE_EXTENSIONS, ArrayOutput, BatchOptions, Item, Run, RunSummary, atomic_path
+from saccade.datasets.images import read_image
 from saccade.errors import ConfigError, DataError, suggest
 from saccade.vision_backbones.inference import Session
 from saccade.vision_backbones.loading import LoadedModel, ModelSource
 from saccade.vision_backbones.map_methods import MapMethod, choose_method
-from saccade.vision_backbones.overlay import Legend, draw_overlay, model_view
+from saccade.vision_backbones.overlay import Legend, draw_overlay, view_of
+from saccade.vision_backbones.panel_overlay import draw_panels
+from saccade.vision_backbones.places import CENTRE, locate
 
 __all__ = ["attend"]
+
+OF_A_PLACE = ("routes", "kernels")
 
 
 def attend(
@@ -35,13 +41,14 @@ def attend(
     layer: str | None = None,
     class_name: str | int | None = None,
     heads: str = "mean",
+    at: tuple[float, float] | None = None,
     alpha: float = 0.5,
     maps: str | Path | None = None,
     options: BatchOptions | None = None,
 ) -> RunSummary:
     """Draw where a model looks, over each photograph, as ``OUT/SAME/SUB-FOLDERS/NAME.png``.
 
-    Methods, the first that fits the model being ``"auto"``:
+    Methods, the first of the first three that fits the model being ``"auto"``:
 
     - ``"rollout"``: attention rollout, for vision transformers in which every layer attends to all patches.
     - ``"last-layer"``: the last attention of other models; what the class token attends to, or, without one, how much
@@ -49,6 +56,9 @@ def attend(
     - ``"cam"``: the logit that the classifier gives to each position, for models that classify the average of their
       last features (the class activation map, bias included); otherwise the first principal component of the features,
       then named ``eigencam``. No gradients.
+    - ``"routes"``: which regions the region around one place reads under bi-level routing (BiFormer), and how much of its
+      attention goes to each.
+    - ``"kernels"``: the small and the large kernel that one place makes from context (OverLoCK), where their taps lie.
 
     The method used is in ``items.jsonl``, in the picture and in its PNG text, with the top class and its probability.
 
@@ -56,13 +66,16 @@ def attend(
         inputs: Files, folders, globs, ``@list.txt`` or ``-``; see ``saccade.batch.find_items``.
         model: Model name or checkpoint, or a ``ModelSource`` with weights and preprocessing.
         out: Folder for the pictures. Inside an input folder it is not searched for inputs.
-        method: ``"auto"``, ``"rollout"``, ``"last-layer"`` or ``"cam"``.
-        layer: Module to read, by its name in ``model.named_modules()``: the last attention in it, or with ``"cam"`` its
-            output; ``None`` means the last.
+        method: ``"auto"``, ``"rollout"``, ``"last-layer"``, ``"cam"``, ``"routes"`` or ``"kernels"``.
+        layer: Module to read, by its name in ``model.named_modules()``: the last attention (or context mixing) in it,
+            or with ``"cam"`` its output; ``None`` means the last.
         class_name: Class to map with ``"cam"``, by name or index; ``None`` means the top class of each image.
-        heads: ``"mean"`` or ``"max"`` over attention heads.
+        heads: ``"mean"`` or ``"max"`` over attention heads (or groups of kernels), or the number of one.
+        at: The place ``(x, y)`` for ``"routes"`` and ``"kernels"``: pixels of the upright photograph, as integers, or
+            shares of its sides; ``None`` means the middle. An image whose model crop leaves it out fails.
         alpha: Opacity of the map, 0..1.
-        maps: Array file for the maps as the method gives them, ``maps`` ``(N, gy, gx)`` float32 and ``paths``.
+        maps: Array file for the maps as the method gives them, ``maps`` ``(N, gy, gx)`` float32 and ``paths``;
+            ``(N, 2, gy, gx)``, small kernel first, of ``"kernels"``.
         options: Device, batches, resume, screen.
 
     Returns:
@@ -76,6 +89,8 @@ def attend(
     """
     if not 0 <= alpha <= 1:
         raise ConfigError(f"alpha must be between 0 and 1, got {alpha}.")
+    if at is not None and method not in OF_A_PLACE:
+        raise ConfigError(f"a place (--at) is for the methods {' and '.join(OF_A_PLACE)}; got method {method!r}.")
     folder = Path(out)
     if folder.suffix.lower() in IMAGE_EXTENSIONS:
         raise ConfigError(f"out must be a folder, got {folder}; pictures are named after the images.")
@@ -94,6 +109,9 @@ def attend(
     )
     facts = {"method": chosen.name, "layer": chosen.layer}
     settings = session.settings | facts | {"heads": heads, "class": index, "alpha": alpha}
+    place = CENTRE if at is None else at
+    if chosen.reader is not None:
+        settings["at"] = list(place)
     arrays = {}
     if maps is not None:
         settings["maps"] = Path(maps).name
@@ -108,19 +126,28 @@ def attend(
         return torch.cat([logits, values.flatten(1)], dim=1)  # one row per image, taken apart again by `save`
 
     def save(item: Item, row: Tensor, seconds: float) -> None:
-        cells = chosen.grid[0] * chosen.grid[1]
-        logits, values = row[:-cells], row[-cells:].view(chosen.grid).numpy()
+        count = math.prod(chosen.shape)
+        known = top_class(loaded, row[:-count], index) | facts
+        values = row[-count:].view(chosen.shape)
         try:
-            if not np.isfinite(values).all():
+            if not values.isfinite().all():
                 raise DataError("the model's map of it is not finite", reason="not_finite")
-            view = model_view(item.path, loaded.data_config)
+            photograph = read_image(item.path)
+            view = view_of(photograph, loaded.data_config)
+            if chosen.reader is None:
+                kept = values.numpy()
+                picture = draw_overlay(view, kept, legend(chosen, known, kept), alpha=alpha)
+            else:
+                seen_at = locate(place, photograph.size, loaded.data_config)
+                panels = chosen.reader.panels(values, seen_at)
+                kept = np.stack([panel.values for panel in panels]) if len(panels) > 1 else panels[0].values
+                picture = draw_panels(view, panels, class_title(known), seen_at, alpha=alpha)
+                known["query"] = list(panels[0].query[::-1])
         except DataError as error:
             run.fail(item, error, seconds=seconds)
             return
-        known = top_class(loaded, logits, index) | facts
-        picture = draw_overlay(view, values, legend(chosen, known, values), alpha=alpha)
         save_png(picture, folder / names[item.id], {"model": loaded.name, "weights": loaded.weights} | known)
-        extra = {"maps": np.ascontiguousarray(values)} if arrays else None
+        extra = {"maps": np.ascontiguousarray(kept)} if arrays else None
         run.done(item, seconds=seconds, row={"overlay": names[item.id]} | known, arrays=extra)
 
     return session.process(run, function, save)
@@ -216,9 +243,14 @@ def top_class(loaded: LoadedModel, logits: Tensor, mapped: int | None) -> dict[s
     return row if mapped is None else row | {"mapped_label": names[mapped], "mapped_index": mapped}
 
 
+def class_title(known: Mapping[str, Any]) -> str:
+    """Return the top class and its probability in words, empty if there are no classes."""
+    return f"{known['label']}  {known['prob']:.1%}" if "label" in known else ""
+
+
 def legend(method: MapMethod, known: Mapping[str, Any], values: NDArray[np.float32]) -> Legend:
     """Say in words what the picture shows."""
-    title = f"{known['label']}  {known['prob']:.1%}" if "label" in known else ""
+    title = class_title(known)
     if method.name == "cam":
         mapped = known.get("mapped_label", known["label"])
         return Legend(title, f"class activation: logit of {mapped}", f"{values.min():.2g}", f"{values.max():.2g}")

@@ -49,7 +49,7 @@ class FourStages(nn.Module):
         self.in_chans, self.num_features, self.head_hidden_size = in_chans, embed_dim[3], embed_dim[3]
         self.dense = dense
         self.downsample_layers, self.stages = nn.ModuleList(downsample_layers), nn.ModuleList(stages)
-        self.feature_info = [
+        self.feature_info: list[dict[str, Any]] = [
             {"num_chs": channels, "reduction": 4 * 2**i, "module": f"stages.{i}"}
             for i, channels in enumerate(embed_dim)
         ]
@@ -203,6 +203,7 @@ class FourStages(nn.Module):
             self.extra_norms = self.extra_norms[: last + 1]
         if prune_norm or last < 3:
             self.norm = nn.Identity()
+        self.num_features = self.feature_info[last]["num_chs"]
         if prune_head:
             self.reset_classifier(0, "")
         return take

@@ -60,6 +60,8 @@ class ImageClassifier(LightningModule):
         data_config: timm's description of the evaluation preprocessing, stored with the weights; ``None`` means the
             backbone's.
         img_size: Input size in pixels, for backbones that are built for one size; ``None`` means the backbone's.
+        backbone_kwargs: More arguments of the backbone's constructor, such as ``{"depth": [1, 1, 2, 1]}``; stored with
+            the weights.
         pretrained: Start from the weights that timm knows for this name, downloading them if need be.
         weights: Start from a file: ``.safetensors``, ``.pth`` (official key names accepted) or a ``.ckpt`` of
             ``saccade fit``. A head with another number of classes starts fresh.
@@ -91,6 +93,7 @@ class ImageClassifier(LightningModule):
         class_names: list[str] | None = None,
         data_config: dict[str, Any] | None = None,
         img_size: int | None = None,
+        backbone_kwargs: dict[str, Any] | None = None,
         pretrained: bool = False,
         weights: str | None = None,
         freeze: bool = False,
@@ -116,7 +119,7 @@ class ImageClassifier(LightningModule):
         self.class_names = class_names or [str(index) for index in range(num_classes)]
         if len(self.class_names) != num_classes:
             raise ConfigError(f"class_names has {len(self.class_names)} names, expected num_classes = {num_classes}.")
-        self.backbone_kwargs = size_option(backbone, img_size)
+        self.backbone_kwargs = {**size_option(backbone, img_size), **(backbone_kwargs or {})}
         rates = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
         options = {**self.backbone_kwargs, **{name: rate for name, rate in rates.items() if rate}}
         options["num_classes"] = num_classes

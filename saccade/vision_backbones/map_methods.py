@@ -1,4 +1,4 @@
-"""Which map can be made of a model, and how: attention rollout, last-layer attention, or class activation."""
+"""Which map can be made of a model, and how: rollout, last-layer attention, class activation, or what a place does."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from saccade.errors import ConfigError, suggest
 from saccade.vision_backbones.attention_maps import (
     Rollout,
     attention_points,
+    check_head,
     merge_heads,
     query_rows,
     stitch_windows,
@@ -23,11 +24,12 @@ from saccade.vision_backbones.attention_maps import (
 )
 from saccade.vision_backbones.class_activation import FeatureLayout, class_map, eigen_map, reads_positions_alike
 from saccade.vision_backbones.features import top_names
+from saccade.vision_backbones.point_maps import PointReader, kernel_reader, route_reader
 
-__all__ = ["HEADS", "METHODS", "MapMethod", "choose_method"]
+__all__ = ["METHODS", "MapMethod", "choose_method"]
 
-METHODS = ("auto", "rollout", "last-layer", "cam")
-HEADS = ("mean", "max")
+AUTO = ("rollout", "last-layer", "cam")
+METHODS = ("auto", *AUTO, "routes", "kernels")
 
 
 @dataclass(frozen=True)
@@ -35,17 +37,24 @@ class MapMethod:
     """A way to make maps with one model.
 
     Args:
-        name: ``"rollout"``, ``"last-layer"``, ``"cam"`` or ``"eigencam"``.
+        name: ``"rollout"``, ``"last-layer"``, ``"cam"``, ``"eigencam"``, ``"routes"`` or ``"kernels"``.
         layer: Name of the module that was read, or what stands for several.
         grid: Rows and columns of the maps.
         run: From images ``(B, 3, Y, X)`` to logits ``(B, K)`` and maps ``(B, gy, gx)``, float32. ``K`` is 0 for a model
             without a classifier.
+        reader: Of the methods for one place; ``run`` then gives what its ``panels`` takes instead of maps.
     """
 
     name: str
     layer: str
     grid: tuple[int, int]
     run: Callable[[Tensor], tuple[Tensor, Tensor]]
+    reader: PointReader | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of what ``run`` gives for one image beside its logits."""
+        return self.grid if self.reader is None else self.reader.shape
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ class Request:
         shapes: Shape of each attention matrix by module name, in order of use.
         layer: Module to read.
         class_index: Class to map.
-        heads: How attention heads are merged.
+        heads: How attention heads are merged, or the number of one.
     """
 
     model: nn.Module
@@ -102,17 +111,19 @@ def choose_method(
     Args:
         model: timm model or open_clip image tower, in evaluation mode.
         input_size: Channels, rows and columns of its input.
-        method: ``"rollout"``, ``"last-layer"``, ``"cam"``, or ``"auto"``: the first of these that fits.
+        method: ``"rollout"``, ``"last-layer"``, ``"cam"``, or ``"auto"``: the first of these that fits; ``"routes"`` or
+            ``"kernels"``.
         layer: Module to read, as in ``model.named_modules()``: attention inside it, or its output for ``"cam"``.
         class_index: Class to map with ``"cam"``; ``None`` means the top class of each image.
-        heads: ``"mean"`` or ``"max"`` over attention heads.
+        heads: ``"mean"`` or ``"max"`` over attention heads, or the number of one.
 
     Raises:
         ConfigError: If the method does not fit the model, with the reason and what fits; or an argument is unknown.
     """
-    for name, value, known in (("method", method, METHODS), ("heads", heads, HEADS)):
-        if value not in known:
-            raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
+    if method not in METHODS:
+        raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
+    if heads not in ("mean", "max") and not heads.isdecimal():
+        raise ConfigError(f"heads must be mean, max or the number of a head, got {heads!r}.")
     modules = dict(model.named_modules())
     if layer is not None and (not layer or layer not in modules):
         raise ConfigError(f"The model has no layer {layer!r}.{suggest(layer, modules)} Its blocks: {top_names(model)}.")
@@ -128,7 +139,7 @@ def choose_method(
             model(noise)
         request = Request(model, noise, shapes, layer, class_index, heads)
         reasons: dict[str, str] = {}
-        for name in BUILDERS if method == "auto" else (method,):
+        for name in AUTO if method == "auto" else (method,):
             try:
                 return BUILDERS[name](request)
             except ConfigError as error:
@@ -165,6 +176,8 @@ def rollout(request: Request) -> MapMethod:
     if len(sizes) > 1 or len(strides) > 1 or sizes != {(tokens, tokens)} or len(shapes) < len(points) or found is None:
         listed = " and ".join(" x ".join(map(str, size)) for size in sorted(sizes))
         raise ConfigError(f"its layers do not all attend from all tokens to all tokens (matrices of {listed}).")
+    for name, shape in shapes.items():
+        check_head(request.heads, shape[-3], name.removesuffix(".attn_drop"))
     prefix, grid = found
     rows = query_rows(request.body, prefix)
 
@@ -190,6 +203,7 @@ def last_layer(request: Request) -> MapMethod:
         raise ConfigError(f"{where} shows no attention matrices.")
     name = inside[-1]
     shape = request.shapes[name]
+    check_head(request.heads, shape[-3], name.removesuffix(".attn_drop"))
     block: Any = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
     windows = isinstance(block, SwinTransformerBlock | SwinTransformerV2Block)
     found = token_grid(shape[-1], request.image_size, request.prefix)
@@ -273,7 +287,37 @@ def with_features(request: Request, images: Tensor, layer: str | None) -> tuple[
     return logits, outputs[-1]
 
 
-BUILDERS: dict[str, Callable[[Request], MapMethod]] = {"rollout": rollout, "last-layer": last_layer, "cam": activation}
+def routes(request: Request) -> MapMethod:
+    """Build what a place reads under bi-level routing: shares of the attention of its region."""
+    return of_place("routes", request, route_reader)
+
+
+def kernels(request: Request) -> MapMethod:
+    """Build the two kernels that a place makes from context."""
+    return of_place("kernels", request, kernel_reader)
+
+
+def of_place(
+    name: str, request: Request, make: Callable[[nn.Module, Tensor, str | None, str], PointReader]
+) -> MapMethod:
+    """Build a method for one place."""
+    refuse_class(request)
+    reader = make(request.model, request.noise, request.layer, request.heads)
+
+    def run(images: Tensor) -> tuple[Tensor, Tensor]:
+        output, values = reader.run(images)
+        return request.logits(output), values
+
+    return MapMethod(name, reader.layer, reader.grid, run, reader)
+
+
+BUILDERS: dict[str, Callable[[Request], MapMethod]] = {
+    "rollout": rollout,
+    "last-layer": last_layer,
+    "cam": activation,
+    "routes": routes,
+    "kernels": kernels,
+}
 
 
 def last_branch(features: Any) -> Any:  # noqa: ANN401 - what forward_features returns is the model's choice

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from saccade.datasets.images import read_image
 
-__all__ = ["Legend", "draw_overlay", "model_view"]
+__all__ = ["Legend", "above_legend", "colours", "draw_overlay", "model_view", "toned_down", "view_of"]
 
 COLOURS = cv2.COLORMAP_INFERNO  # perceptually uniform: equal steps of the map look equally large
 TONED_DOWN = 0.75  # share of grey under the map
@@ -57,7 +57,16 @@ def model_view(path: str | Path, data_config: Mapping[str, Any]) -> NDArray[np.u
     Raises:
         DataError: If the image cannot be read.
     """
-    image = read_image(path)
+    return view_of(read_image(path), data_config)
+
+
+def view_of(image: Image.Image, data_config: Mapping[str, Any]) -> NDArray[np.uint8]:
+    """Return the part of a photograph that the model sees; see :func:`model_view`.
+
+    Args:
+        image: RGB, upright.
+        data_config: timm's description of the preprocessing.
+    """
     channels, *size = data_config["input_size"]
     zoom = min(image.size) * data_config["crop_pct"] / min(size)  # photograph's pixels per input pixel
     zoom = min(max(zoom, VIEW_MIN / min(size)), VIEW_MAX / max(size))
@@ -86,12 +95,21 @@ def draw_overlay(view: NDArray[np.uint8], values: NDArray[Any], legend: Legend, 
     spread = float(values.max() - values.min())
     heat = (values - values.min()) / spread if spread > 0 else np.zeros_like(values)
     smooth = cv2.resize(heat.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC).clip(0, 1)
+    return above_legend(cv2.addWeighted(toned_down(view), 1 - alpha, colours(smooth), alpha, 0), legend)
+
+
+def toned_down(view: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return a photograph with most of its colour taken out."""
     grey = cv2.cvtColor(cv2.cvtColor(view, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    toned = cv2.addWeighted(view, 1 - TONED_DOWN, grey, TONED_DOWN, 0)
-    blended = cv2.addWeighted(toned, 1 - alpha, colours(smooth), alpha, 0)
+    return np.asarray(cv2.addWeighted(view, 1 - TONED_DOWN, grey, TONED_DOWN, 0), dtype=np.uint8)
+
+
+def above_legend(pixels: NDArray[Any], legend: Legend) -> Image.Image:
+    """Put a legend below a picture, RGB ``(Y, X, 3)``."""
+    height, width = pixels.shape[:2]
     strip = draw_legend(width, legend)
     picture = Image.new("RGB", (width, height + strip.height), "white")
-    picture.paste(Image.fromarray(blended))
+    picture.paste(Image.fromarray(np.asarray(pixels, dtype=np.uint8)))
     picture.paste(strip, (0, height))
     return picture
 

@@ -105,6 +105,7 @@ class OverLoCK(nn.Module):
         context = embed_dim[3] // 4
         fused = (*embed_dim[:2], embed_dim[2] + context, embed_dim[3] + context)
         self.num_classes, self.in_chans, self.num_features = num_classes, in_chans, fused[3]
+        self.projection, self.drop_rate = projection, drop_rate
         self.dense = dense
         self.last_stage = 3
         self.feature_info = [
@@ -227,17 +228,26 @@ class OverLoCK(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier, and that of the auxiliary head.
 
+        A model whose head was pruned gets a new one, for its last map, unless neither classes nor pooling are asked
+        for; it has no auxiliary head then.
+
         Args:
             num_classes: 0 means none.
-            global_pool: ``None`` keeps the present pooling.
+            global_pool: ``None`` keeps the present pooling; a pruned model has none.
 
         Raises:
-            ConfigError: If the model was built for dense tasks or its head has been removed.
+            ConfigError: If the model was built for dense tasks.
         """
-        if self.head is None:
-            raise ConfigError("this OverLoCK has no head to reset: it was built with dense=, or for features only.")
+        if self.dense is not None:
+            raise ConfigError(f"an OverLoCK for dense tasks (dense={self.dense!r}) has no classifier.")
         self.num_classes = num_classes
-        self.head.reset(num_classes, self.head.pool_type if global_pool is None else global_pool)
+        if self.head is None:
+            if num_classes == 0 and not global_pool:
+                return
+            head = Head(self.num_features, self.projection, num_classes, global_pool or "", self.drop_rate)
+            self.head = head.apply(init_weights).to(next(self.parameters()))
+        else:
+            self.head.reset(num_classes, self.head.pool_type if global_pool is None else global_pool)
         self.head_hidden_size = self.head.num_features
         if self.aux_head is not None:
             projection = self.high_level_proj
@@ -373,9 +383,10 @@ class OverLoCK(nn.Module):
                 delattr(self, name)
         if self.dense is not None and self.last_stage < 3:
             self.extra_norm = self.extra_norm[: self.last_stage + 1]
+        self.num_features = self.feature_info[self.last_stage]["num_chs"]
         if prune_head:
             self.head, self.aux_head = None, None
-            self.num_classes, self.head_hidden_size = 0, self.feature_info[self.last_stage]["num_chs"]
+            self.num_classes, self.head_hidden_size = 0, self.num_features
         return take
 
 

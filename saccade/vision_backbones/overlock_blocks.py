@@ -9,7 +9,7 @@ from timm.layers import DropPath, LayerNorm2d
 from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
-from saccade.attention import context_mixing
+from saccade.attention import ContextKernels, context_kernels, context_mixing
 from saccade.errors import ConfigError
 from saccade.vision_backbones.reparam import DilatedReparamConv, ResidualDepthwise
 
@@ -246,6 +246,27 @@ class MixingBlock(nn.Module):
             self.rpb2,
         )
         return pool_back(mixed, value)
+
+    @torch.jit.ignore
+    def kernels(self, z: Tensor) -> ContextKernels:
+        """Return the kernels that :meth:`mix` makes of a normalised map, on the enlarged map if it is enlarged.
+
+        Args:
+            z: Output of ``norm1``, ``(B, width, H, W)``.
+        """
+        z = enlarge(z, self.kernel_size)
+        bias = self.weight_proj.bias
+        assert bias is not None
+        query = self.weight_query(z[:, : self.query_channels])
+        return context_kernels(
+            query,
+            self.weight_key(z[:, -self.key_channels :]),
+            self.weight_proj.weight.flatten(1),
+            bias,
+            self.rpb1,
+            self.rpb2,
+            scale=(2 * query.shape[1] // self.rpb1.shape[0]) ** -0.5,
+        )
 
     def add_branches(self, x: Tensor, y: Tensor) -> Tensor:
         """Add the output of the first branch to ``x``, then run the second."""

@@ -159,7 +159,7 @@ def test_dense_features(dense):
     detector = {f"backbone.{key}": value for key, value in model.state_dict().items()}
     state = filter_state_dict({"state_dict": detector | {"decode_head.conv.weight": torch.zeros(1)}}, model)
     assert match_keys(state, model).complete
-    with pytest.raises(ConfigError, match="no head"):
+    with pytest.raises(ConfigError, match="has no classifier"):
         model.reset_classifier(3)
 
 

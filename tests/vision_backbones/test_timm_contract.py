@@ -221,6 +221,26 @@ def test_pruning_keeps_what_is_left(name, last):
 
 
 @smallest_models
+@pytest.mark.parametrize("last", [1, 3])
+def test_a_pruned_model_gets_a_classifier_of_its_last_map(name, last):
+    model, x = make(name), randn(2, 3, 96, 64)
+    width = model.feature_info[last]["num_chs"]
+    model.prune_intermediate_layers([last], prune_norm=True)
+    assert (model.num_features, model.head_hidden_size, model.num_classes) == (width, width, 0)
+    model.reset_classifier(0)
+    assert model(x).shape[:2] == (2, width)
+    model.reset_classifier(5, "avg")
+    assert not [key for key, module in model.named_modules() if module.training]
+    with torch.no_grad():
+        features = model.forward_features(x)
+        assert features.shape[1] == model.num_features == width
+        assert model(x).shape == (2, model.num_classes) == (2, 5)
+        assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+        model.reset_classifier(0, "avg")
+        assert model(x).shape == (2, model.head_hidden_size)
+
+
+@smallest_models
 def test_pruning_behind_the_last_map_keeps_the_logits(name):
     model, x = make(name), randn(1, 3, 96, 64)
     with torch.no_grad():
