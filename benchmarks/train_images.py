@@ -5,6 +5,7 @@ The data is ``images/`` below SACCADE_TEST_DATA (default ../shared/data). What c
 
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -26,7 +27,7 @@ CASES = {
 
 
 def train(config: str, root: Path | None, seed: int, place: Path) -> dict[str, float]:
-    """Run one fit and return its last validation accuracy, the time of its epochs and of the whole command."""
+    """Run one fit and return its last validation accuracy, the time of its epochs and that of the whole command."""
     where = [] if root is None else ["--data.root", str(root)]
     command = [
         sys.executable,
@@ -41,7 +42,7 @@ def train(config: str, root: Path | None, seed: int, place: Path) -> dict[str, f
         "-q",
         "--json",
     ]
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), child_seconds()
     done = subprocess.run(command, cwd=place, check=True, stdout=subprocess.PIPE, text=True)
     summary = json.loads(done.stdout)
     metrics = json.loads((place / summary["run"] / "metrics.json").read_text())
@@ -51,7 +52,14 @@ def train(config: str, root: Path | None, seed: int, place: Path) -> dict[str, f
         "epochs": metrics["epochs"],
         "epoch_seconds": metrics["seconds"],
         "total_seconds": round(time.perf_counter() - start, 1),
+        "cpu_seconds": round(child_seconds() - cpu_start, 1),
     }
+
+
+def child_seconds() -> float:
+    """Return the CPU time of all processes started and finished so far."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def main() -> None:

@@ -64,7 +64,13 @@ SCREENS = {
             "saccade embed photos/ -m runs/pets -o features.h5 --shard 2/2",
         ],
     ),
-    "attend": ("Pictures of where a model looks.", ["saccade attend mixed/ -m runs/pets -o overlays/"]),
+    "attend": (
+        "Pictures of where a model looks, or with `--method routes` and `--method kernels` of what one place reads.",
+        [
+            "saccade attend mixed/ -m runs/pets -o overlays/",
+            "saccade attend mixed/33.png -m biformer_tiny --random-weights -o routes/ --method routes --at 20,70",
+        ],
+    ),
     "robustness": (
         "Accuracy of a classifier under corruption and shift: ImageNet-C, -P, -A, -R, -Sketch, -V2, or corruptions "
         "made on the fly of any folder of images. Folders that a download lacks are named, never skipped.",

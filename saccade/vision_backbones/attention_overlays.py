@@ -56,8 +56,8 @@ def attend(
     - ``"cam"``: the logit that the classifier gives to each position, for models that classify the average of their
       last features (the class activation map, bias included); otherwise the first principal component of the features,
       then named ``eigencam``. No gradients.
-    - ``"routes"``: which regions the region around one place reads under bi-level routing (BiFormer), and how much of its
-      attention goes to each.
+    - ``"routes"``: which regions the region around one place reads under bi-level routing (BiFormer), and how much of
+      its attention goes to each.
     - ``"kernels"``: the small and the large kernel that one place makes from context (OverLoCK), where their taps lie.
 
     The method used is in ``items.jsonl``, in the picture and in its PNG text, with the top class and its probability.

@@ -70,11 +70,13 @@ def draw_panel(
     draw.rectangle([int(edge) for edge in box], outline=QUERY, width=line)
     x, y, reach = place[0] * width, place[1] * height, 2 * line
     draw.ellipse((x - reach, y - reach, x + reach, y + reach), outline=QUERY, width=line)
-    return above_legend(np.asarray(canvas), Legend(title, panel.title, f"{100 * panel.low:.3g} %", f"{100 * high:.3g} %"))
+    return above_legend(
+        np.asarray(canvas), Legend(title, panel.title, f"{100 * panel.low:.3g} %", f"{100 * high:.3g} %")
+    )
 
 
 def borders(used: NDArray[np.bool_]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Return the edges between cells that are used and those that are not, each from corner to corner ``(row, column)``."""
+    """Return the edges between cells that are used and those that are not, as pairs of corners ``(row, column)``."""
     padded = np.pad(used, 1)
     level = np.argwhere(padded[1:, 1:-1] != padded[:-1, 1:-1])  # edge above row r of column c
     upright = np.argwhere(padded[1:-1, 1:] != padded[1:-1, :-1])

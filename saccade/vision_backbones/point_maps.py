@@ -1,7 +1,7 @@
 """What one place of a photograph does: the regions that it reads (BiFormer), the kernels that it makes (OverLoCK).
 
-Both are read from the input of one block while the model runs. A model is asked for all places at once, as a batch holds
-photographs of any size; the place is chosen afterwards.
+Both are read in one block while the model runs. A model is asked for all places at once, as a batch holds photographs
+of any size; the place is chosen afterwards.
 """
 
 from __future__ import annotations
@@ -153,7 +153,8 @@ def kernel_reader(model: nn.Module, noise: Tensor, layer: str | None, heads: str
         result = []
         for size, weights in zip(sides, taps.split([small**2, len(taps) - small**2]), strict=True):
             down, along = (
-                neighbours(cells, size, taps.device)[position] for cells, position in zip(grid, (row, column), strict=True)
+                neighbours(cells, size, taps.device)[position]
+                for cells, position in zip(grid, (row, column), strict=True)
             )
             whole, used = torch.zeros(grid), torch.zeros(grid, dtype=torch.bool)
             whole[down[:, None], along] = weights.view(size, size)
@@ -172,7 +173,7 @@ def last_inside(model: nn.Module, kinds: tuple[type[nn.Module], ...], layer: str
     Raises:
         ConfigError: If there is none, with the names of those that there are.
     """
-    names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    names: list[str] = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     if not names:
         raise ConfigError(f"the model has no {what}.")
     inside = [name for name in names if layer is None or name == layer or name.startswith(f"{layer}.")]

@@ -52,7 +52,8 @@ def region_reads(module: BiLevelRoutingAttention | RaggedRoutingAttention, x: Te
     heads = module.num_heads
 
     def per_region(tokens: Tensor) -> Tensor:
-        return tokens.unflatten(2, (heads, -1)).unflatten(1, (regions, -1))  # (B, R, n, H, d)
+        cut: Tensor = tokens.unflatten(2, (heads, -1)).unflatten(1, (regions, -1))
+        return cut  # (B, R, n, H, d)
 
     samples = torch.arange(batch, device=x.device)[:, None, None]
     read = per_region(key)[samples, chosen]  # (B, R, k, n, H, d)

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -39,6 +40,20 @@ def test_rotated_photograph_and_its_upright_twin_look_alike(pictures, tmp_path, 
     assert max(abs(a - b) for a, b in zip(*pixels, strict=True)) < 12
 
 
+def test_regions_that_a_place_reads(pictures, tmp_path):
+    model = ("-m", "biformer_tiny", "--random-weights", "--img-size", "64")
+    place = ("--method", "routes", "--layer", "stages.1", "--at", "150,100", "--heads", "1")
+    got = run_cli("attend", pictures / "a/same.png", *model, *place, "-o", tmp_path / "o", "--maps", tmp_path / "m.npy")
+    assert got.returncode == 0, got.stderr
+    assert got.stderr.splitlines()[0].endswith("cpu fp32  routes")
+    with Image.open(tmp_path / "o/same.png") as picture:
+        assert (picture.text["layer"], picture.text["query"]) == ("stages.1.1.attn", "[2, 2]")  # 8 tokens in 7 regions
+    maps = np.load(tmp_path / "m.npy")
+    assert maps.shape == (1, 7, 7)
+    assert (maps > 0).sum() <= 4
+    assert abs(maps.sum() - 1) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -48,6 +63,10 @@ def test_rotated_photograph_and_its_upright_twin_look_alike(pictures, tmp_path, 
         ((*VIT, "--class", "5000"), "no class '5000' among its 1,000"),
         ((*VIT, "--alpha", "2"), "alpha must be between 0 and 1"),
         ((*VIT, "--maps", "maps.csv"), "must end in one of .h5"),
+        ((*VIT, "--at", "3,4"), "is for the methods routes and kernels"),
+        ((*VIT, "--method", "routes", "--at", "3,4"), "has no bi-level routing attention, as BiFormer does"),
+        ((*VIT, "--method", "kernels", "--at", "0.5,4"), "a place is X,Y in pixels of the photograph"),
+        ((*VIT, "--heads", "median"), "heads must be mean, max or the number of a head"),
     ],
 )
 def test_what_cannot_be_done_is_exit_2_and_writes_nothing(pictures, tmp_path, capsys, options, message):

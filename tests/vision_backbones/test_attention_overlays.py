@@ -15,6 +15,7 @@ from saccade.vision_backbones import ModelSource, attend, classify
 from saccade.vision_backbones.attention_overlays import class_index, overlay_names
 from saccade.vision_backbones.loading import LoadedModel, load_model
 from saccade.vision_backbones.map_methods import choose_method
+from saccade.vision_backbones.overlock import VARIANTS
 from tests.pictures import BROKEN, GOOD, write_pictures
 
 VIT = ModelSource("test_vit", random_weights=True, img_size=64)
@@ -199,3 +200,49 @@ def test_a_map_that_is_not_finite_fails(pictures, tmp_path):
     assert summary.exit_code == 1
     assert entries(tmp_path / "o")["same.png"]["reason"] == "not_finite"
     assert drawn(tmp_path / "o") == {}
+
+
+MIXER = {
+    "depth": (1, 1, 1, 1),
+    "sub_depth": (1, 1),
+    "embed_dim": (16, 24, 32, 48),
+    "sub_num_heads": (2, 3),
+    "projection": 16,
+}
+
+
+@pytest.fixture
+def small_overlock(monkeypatch):
+    """overlock_xt with few blocks, random weights and an input of 64 pixels that keeps all of a photograph's height."""
+    monkeypatch.setitem(VARIANTS, "overlock_xt", MIXER)
+    return ModelSource("overlock_xt", random_weights=True, img_size=64, crop_pct=1.0)
+
+
+def test_kernels_at_a_place_of_each_photograph(pictures, small_overlock, tmp_path):
+    inputs = [pictures / name for name in ("photo.jpg", "rotated.jpg", "a/same.png")]
+    settings = {"model": small_overlock, "method": "kernels", "options": QUIET}
+    summary = attend(inputs, out=tmp_path / "o", at=(150, 20), maps=tmp_path / "m.h5", **settings)
+    assert (summary.done, summary.failed) == (3, 0)
+    maps = maps_of(tmp_path / "m.h5")
+    for values in maps.values():
+        assert values.shape == (2, 7, 7)  # small and large kernel on the map that was enlarged for 7 x 7 taps
+        np.testing.assert_allclose(values.sum((1, 2)), 1, atol=1e-5)
+        assert [int((kernel > 0).sum()) for kernel in values] == [25, 49]
+    row = next(iter(entries(tmp_path / "o").values()))["row"]
+    assert (row["method"], row["layer"], row["query"]) == ("kernels", "sub_blocks4.0", [3, 0])
+    with Image.open(tmp_path / "o" / row["overlay"]) as picture:
+        assert picture.width > 2 * 288
+        assert picture.text["query"] == "[3, 0]"
+    with pytest.raises(ConfigError, match=r"at: \[150, 20\] -> \[150, 21\]"):
+        attend(inputs, out=tmp_path / "o", at=(150, 21), maps=tmp_path / "m.h5", **settings)
+
+
+def test_an_image_without_the_place_fails_and_the_others_are_drawn(pictures, small_overlock, tmp_path):
+    inputs = [pictures / "photo.jpg", pictures / "b/same.png"]  # 300 x 200 and 200 x 240
+    summary = attend(inputs, model=small_overlock, method="kernels", at=(100, 205), out=tmp_path / "o", options=QUIET)
+    assert (summary.done, summary.failed, summary.exit_code) == (1, 1, 3)
+    failed = [entry for entry in entries(tmp_path / "o").values() if entry["status"] == "failed"]
+    assert failed[0]["reason"] == "place_outside"
+    assert "has 300 x 200 pixels and none at (100, 205)" in failed[0]["error"]
+    with pytest.raises(ConfigError, match="is for the methods routes and kernels; got method 'auto'"):
+        attend(inputs, model=small_overlock, at=(1, 2), out=tmp_path / "p", options=QUIET)

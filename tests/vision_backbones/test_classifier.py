@@ -209,6 +209,20 @@ def test_input_size_reaches_models_that_are_built_for_one():
     assert classifier(img_size=64).backbone_kwargs == {}
 
 
+def test_arguments_of_the_backbone_travel_with_the_checkpoint(tmp_path):
+    few = {"depth": [1, 1, 1, 1], "embed_dim": [16, 32, 48, 64], "head_dim": 8}
+    module = classifier(backbone="biformer_tiny", backbone_kwargs=few)
+    fit(module, tmp_path).save_checkpoint(tmp_path / "x.ckpt")
+    module.eval()
+    images = first_batch()["image"]
+    assert [len(stage) for stage in module.model.stages] == [1, 1, 1, 1]
+    torch.testing.assert_close(load_model(str(tmp_path / "x.ckpt")).model(images), module(images))
+    again = ImageClassifier.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True).eval()
+    torch.testing.assert_close(again(images), module(images))
+    with pytest.raises(ConfigError, match=r"cannot be built with .*'layers': 3"):
+        classifier(backbone="biformer_tiny", backbone_kwargs={"layers": 3})
+
+
 def test_starting_weights_keep_the_backbone_and_renew_the_head(tmp_path):
     source = timm.create_model("test_resnet", num_classes=7)
     torch.save({"state_dict": source.state_dict()}, tmp_path / "w.pth")

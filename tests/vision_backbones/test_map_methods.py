@@ -165,6 +165,12 @@ def test_last_layer_and_layers_by_name():
             row = (merged / merged.sum(-1, keepdim=True))[:, 0, 1:]
             with torch.inference_mode():
                 assert_close(chosen.run(images)[1].flatten(1), row)
+        one = choose_method(model, input_size=(3, 64, 64), method="last-layer", layer=layer, heads="1")
+        with torch.inference_mode():
+            assert_close(one.run(images)[1].flatten(1), attention[:, 1, 0, 1:])
+    for method in ("rollout", "last-layer"):
+        with pytest.raises(ConfigError, match="attn has heads 0 to 1; there is no head 2"):
+            choose_method(model, input_size=(3, 64, 64), method=method, heads="2")
     assert choose_method(model, input_size=(3, 64, 64), layer="blocks.2").name == "last-layer"
 
 
@@ -210,8 +216,8 @@ def test_class_maps_are_float32_under_autocast():
         ("test_vit", {"method": "last-layer", "layer": "patch_embed"}, "'patch_embed' shows no attention"),
         ("test_resnet", {"layer": "layer9"}, "no layer 'layer9'. Did you mean 'layer"),
         ("test_resnet", {"layer": "global_pool"}, "have no image positions"),
-        ("test_resnet", {"method": "gradcam"}, "method must be one of auto, rollout, last-layer, cam, got 'gradcam'"),
-        ("test_resnet", {"heads": "sum"}, "heads must be one of mean, max"),
+        ("test_resnet", {"method": "gradcam"}, "one of auto, rollout, last-layer, cam, routes, kernels, got 'gradcam'"),
+        ("test_resnet", {"heads": "sum"}, "heads must be mean, max or the number of a head"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_reason(name, options, message):
