@@ -12,7 +12,6 @@ __all__ = ["EXAMPLES", "add_arguments", "run"]
 EXAMPLES = {
     "attend": [
         "saccade attend photos/ -m runs/flowers -o overlays/",
-        "saccade attend photos/ -m resnet50 --weights w.safetensors -o overlays/ --class 207 --maps maps.h5",
         "saccade attend photo.jpg -m biformer_tiny --weights w.safetensors -o routes/ --method routes --at 310,180",
     ]
 }
