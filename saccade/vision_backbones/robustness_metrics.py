@@ -100,8 +100,8 @@ def corruption_metrics(
     - ``retention_percent``: that over ``clean``.
     - ``noise_top1_percent``, ``blur_...``, ``weather_...``, ``digital_...``, ``extra_...``: means over the groups; the
       four extra corruptions enter nothing else.
-    - ``mean_top1_of_N_folders_percent``: if some of the fifteen or of the severities are missing, the mean over what
-      is there.
+    - ``mean_top1_of_N_folders_percent``: if some of the fifteen or of the severities are missing, the mean over those
+      that are there, N in all, a folder being a corruption at a severity.
 
     Args:
         accuracy: Top-1 accuracy, 0..1, by corruption and severity.
@@ -123,8 +123,7 @@ def corruption_metrics(
         metrics["mean_corruption_accuracy_15_percent"] = 100 * whole
         if clean:
             metrics["retention_percent"] = 100 * whole / clean
-    elif accuracy:
-        values = [value for by in accuracy.values() for value in by.values()]
+    elif values := [value for name in COUNTED for value in accuracy.get(name, {}).values()]:
         metrics[f"mean_top1_of_{len(values)}_folders_percent"] = 100 * mean(values)
     for group, names in GROUPS.items():
         if complete.keys() >= set(names):

@@ -12,7 +12,8 @@ import torch
 import saccade.vision_backbones
 from tests.attention.test_docs import check
 
-PAGES = sorted((Path(__file__).resolve().parents[2] / "docs").glob("backbones*.md"))
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGES = [*sorted(DOCS.glob("backbones*.md")), DOCS / "robustness.md"]
 MODULES = [
     module.name for module in pkgutil.iter_modules(saccade.vision_backbones.__path__, "saccade.vision_backbones.")
 ]
