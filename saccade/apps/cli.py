@@ -52,6 +52,7 @@ COMMANDS: tuple[Command, ...] = (
     Command(
         "robustness", "Run on your files", "accuracy under corruption and shift (ImageNet-C, -P, -A, ...)", "robustness"
     ),
+    Command("slides", "Run on your files", "whole slides: tissue, tiles, features", "slides"),
     Command("merge", "Run on your files", "unite the outputs of --shard runs", "merge"),
     Command("list", "Catalogue", "models, operators, configs", "list_command"),
     Command("config", "Configs", "list, show, copy and check shipped configs", "config"),

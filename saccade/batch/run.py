@@ -13,6 +13,7 @@ import platform
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -382,7 +383,10 @@ class Run:
         """Return the footer."""
         summary = self.summary
         speed = self.reporter.finished / max(self.seconds, 1e-9)
-        line = f"done {summary.done:,}  failed {summary.failed:,}  in {self.seconds:.1f} s"
+        given = {item.id for item in self.items}
+        empty = Counter(e["reason"] for key, e in self.entries.items() if key in given and e["status"] == "done")
+        words = "".join(f"  {reason} {count:,}" for reason, count in sorted(empty.items()) if reason)
+        line = f"done {summary.done:,}{words}  failed {summary.failed:,}  in {self.seconds:.1f} s"
         return f"{line}  ({speed:.3g} {self.unit}/s)   details: {self.files.journal}"
 
 

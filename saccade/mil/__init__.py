@@ -3,8 +3,11 @@
 from saccade.mil.abmil import ABMIL
 from saccade.mil.acmil import ACMILGA, ACMILMHA
 from saccade.mil.aem import attention_entropy_maximization
+from saccade.mil.bags import Bag, find_bags, load_bag, load_bags, save_bag, save_clam, save_trident
 from saccade.mil.clam import CLAMMB, CLAMSB
 from saccade.mil.dsmil import DSMIL
+from saccade.mil.encoders import Encoder, load_encoder, wrap_model
+from saccade.mil.extraction import extract, find_slides
 from saccade.mil.instance_pooling import MaxPooling, MeanPooling
 from saccade.mil.loading import load_model
 from saccade.mil.model import MILModel, MILOutput, create_model, models
@@ -20,6 +23,8 @@ __all__ = [
     "CLAMMB",
     "CLAMSB",
     "DSMIL",
+    "Bag",
+    "Encoder",
     "MILModel",
     "MILOutput",
     "MaxPooling",
@@ -33,8 +38,18 @@ __all__ = [
     "TransMIL",
     "attention_entropy_maximization",
     "create_model",
+    "extract",
+    "find_bags",
+    "find_slides",
     "find_tissue",
+    "load_bag",
+    "load_bags",
+    "load_encoder",
     "load_model",
     "make_grid",
     "models",
+    "save_bag",
+    "save_clam",
+    "save_trident",
+    "wrap_model",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import weakref
@@ -20,6 +21,8 @@ from saccade.errors import DataError
 __all__ = ["Backend", "ImageBackend", "Level", "OpenSlideBackend", "Pixels", "TiffBackend"]
 
 Pixels = NDArray[np.uint8]
+# Damaged files end in a DataError that names them; tifffile's own log lines would go to the screen beside it.
+logging.getLogger("tifffile").addHandler(logging.NullHandler())
 CACHE_BYTES = 64 << 20  # decoded tiles kept by a handle; OpenSlide's own default is 32 MiB for every slide that is open
 DECODE_ERRORS = (ValueError, RuntimeError, OSError, IndexError)  # what tifffile and the codecs of imagecodecs raise
 # Compressions that imagecodecs decodes to what OpenSlide shows: none, LZW, JPEG, Deflate, JPEG 2000, Zstandard.
