@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
+import tifffile
 from PIL import Image
 from skimage import data
 
@@ -26,8 +28,9 @@ LONGEST = 24  # lines of a recorded screen
 INTRODUCTION = """# Command line
 
 Written by `python docs/record_cli.py`, which runs the commands below, one after the other, in a folder with `photos/`
-(two classes of small crops from pictures that scikit-image ships) and `mixed/` (one of them, and a file that is no
-picture). Long screens are cut at `...`; times are those of the machine that recorded the page.
+(two classes of small crops from pictures that scikit-image ships), `mixed/` (one of them, and a file that is no
+picture) and `slides/` (a stained tissue of scikit-image on glass, as two small pyramids). Long screens are cut at
+`...`; times are those of the machine that recorded the page.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 all done; 1 the run failed; 2 usage or
 configuration; 3 finished, some items failed; 4 something is missing on this machine; 130 interrupted.
@@ -79,6 +82,14 @@ SCREENS = {
             "--corruptions blur,fog --severities 1,5"
         ],
     ),
+    "slides": (
+        "Whole slides to bags of features. Each slide gets contours that QuPath opens, a preview, tile "
+        "coordinates and a bag; a slide that cannot be read becomes a failed item, and the exit code is 3.",
+        [
+            "saccade slides info slides/",
+            "saccade slides run slides/ -o bags/ --mpp 0.5 --tile-px 128 -m stain-texture",
+        ],
+    ),
     "merge": ("Unites the outputs of `--shard` runs.", ["saccade merge features.h5"]),
     "list": (
         "What there is. `VERIFIED` says what tests compare with the official code: `golden` outputs, `grad` gradients, "
@@ -126,6 +137,7 @@ def main(names: list[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_pictures(folder)
+        write_slides(folder)
         for command in COMMANDS:
             heading = f"## {command.name}\n"
             if names and command.name not in names:
@@ -151,6 +163,25 @@ def write_pictures(folder: Path) -> None:
     (folder / "mixed").mkdir()
     shutil.copy(folder / "photos/test/cat/33.png", folder / "mixed/33.png")
     (folder / "mixed/broken.jpg").write_bytes(b"no picture")
+
+
+def write_slides(folder: Path) -> None:
+    """Write ``slides/`` with two pyramids of stained tissue on glass; the second does not say its resolution."""
+    tissue = data.immunohistochemistry()
+    (folder / "slides").mkdir()
+    for name, tags in (("case.tif", {"resolution": (2e4, 2e4), "resolutionunit": "CENTIMETER"}), ("unknown.tif", {})):
+        glass = np.full((1024, 1280, 3), 243, np.uint8)
+        glass[256:768, 384:896] = tissue
+        with tifffile.TiffWriter(folder / "slides" / name) as writer:
+            for level, step in enumerate((1, 4)):
+                writer.write(
+                    glass[::step, ::step],
+                    tile=(256, 256),
+                    compression="jpeg",
+                    subfiletype=1 if level else 0,
+                    metadata=None,
+                    **tags,
+                )
 
 
 def screen(call: str, folder: Path, longest: int | None) -> str:
