@@ -214,18 +214,27 @@ class ImageClassifier(LightningModule):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Return the loss of ``batch["image"]`` and ``batch["target"]``, mixed if asked for."""
+        images, target = self.mix(batch)
+        logits = self.model(images)
+        loss = self.loss(logits, target)
+        self.log_training(logits, target, {"loss": loss})
+        return loss
+
+    def mix(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return images and targets of a training batch, mixed if asked for."""
         images, target = batch["image"], batch["target"]
-        if self.mixup is None:
-            logits = self.model(images)
-            self.train_metrics.update(logits, target)
-            self.log_dict(self.train_metrics, on_step=False, on_epoch=True, batch_size=len(images))
-        else:
+        if self.mixup is not None:
             even = len(images) // 2 * 2  # timm mixes in pairs
             images, target = self.mixup(images[:even], target[:even])
-            logits = self.model(images)
-        loss = self.loss(logits, target)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(images))
-        return loss
+        return images, target
+
+    def log_training(self, logits: Tensor, target: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Log the means of ``values`` over the epoch as ``train/NAME``, and the accuracy on unmixed targets."""
+        if target.ndim == 1:
+            self.train_metrics.update(logits, target)
+            self.log_dict(self.train_metrics, on_step=False, on_epoch=True, batch_size=len(logits))
+        named = {f"train/{name}": value for name, value in values.items()}
+        self.log_dict(named, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(logits))
 
     def on_train_batch_end(self, outputs: object, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Move the average after each optimiser step."""

@@ -23,6 +23,7 @@ from saccade.checkpoints import (
 )
 from saccade.errors import CheckpointError, ConfigError, SaccadeError, require, suggest
 from saccade.vision_backbones.hub import go_offline_if_unreachable, library_of, unusable
+from saccade.vision_backbones.token_pooling_hooks import add_token_average_pooling
 
 __all__ = ["LoadedModel", "ModelSource", "create_model", "load_model"]
 
@@ -80,17 +81,25 @@ class LoadedModel:
         return sum(p.numel() for p in self.model.parameters())
 
 
-def create_model(name: str, **kwargs: Any) -> nn.Module:  # noqa: ANN401 - passed through to timm
+def create_model(name: str, *, token_pooling_scales: int | None = None, **kwargs: Any) -> nn.Module:  # noqa: ANN401
     """Build a model by its timm name, saccade's own included; see ``timm.create_model``.
 
+    Args:
+        name: timm name.
+        token_pooling_scales: Give the blocks of a plain ViT token-aware average pooling with so many branches; see
+            :func:`saccade.vision_backbones.token_pooling_hooks.add_token_average_pooling`.
+        **kwargs: Passed to timm.
+
     Raises:
-        ConfigError: If there is no such model, or its constructor does not take the arguments.
+        ConfigError: If there is no such model, its constructor does not take the arguments, or its blocks cannot pool.
     """
     check_name(name)
     try:
         model: nn.Module = timm.create_model(name, **kwargs)
     except TypeError as error:
         raise ConfigError(f"Model {name!r} cannot be built with {kwargs}: {error}.") from error
+    if token_pooling_scales is not None:
+        add_token_average_pooling(model, token_pooling_scales)
     return model
 
 

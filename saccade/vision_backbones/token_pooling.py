@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +35,19 @@ class TokenAveragePooling(nn.Module):
     def __init__(self, channels: int, num_scales: int = 4, temperature: float = 1.0) -> None:
         super().__init__()
         self.temperature = temperature
+        self.norm_frozen = False
         self.proj = nn.Sequential(
             nn.Conv2d(channels, num_scales, 3, padding=1, bias=False),
             nn.BatchNorm2d(num_scales),
             nn.Conv2d(num_scales, num_scales, 3, padding=1, bias=False),
         )
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode; a frozen norm stays in evaluation mode."""
+        super().train(mode)
+        if self.norm_frozen:
+            self.proj[1].eval()
+        return self
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Pool ``(B, Y X, C)``, row-major and without class token, on its grid ``(Y, X)``."""
