@@ -21,7 +21,8 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 import saccade.datasets.digits
 import saccade.datasets.folder
 import saccade.datasets.idx
-import saccade.vision_backbones.classifier  # these imports make the classes known by their short names  # noqa: F401
+import saccade.vision_backbones.classifier
+import saccade.vision_backbones.robust_classifier  # these imports make the classes known by their short names  # noqa: F401
 from saccade.apps.config_errors import (
     LINKED,
     Chosen,

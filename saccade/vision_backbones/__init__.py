@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from saccade.vision_backbones.loading import ModelSource as ModelSource
     from saccade.vision_backbones.loading import create_model as create_model
     from saccade.vision_backbones.loading import load_model as load_model
+    from saccade.vision_backbones.robust_classifier import RobustClassifier as RobustClassifier
     from saccade.vision_backbones.robustness import RobustnessSummary as RobustnessSummary
     from saccade.vision_backbones.robustness import evaluate_robustness as evaluate_robustness
 
@@ -28,6 +29,7 @@ LAZY = {
     "ImageClassifier": "classifier",
     "LoadedModel": "loading",
     "ModelSource": "loading",
+    "RobustClassifier": "robust_classifier",
     "RobustnessSummary": "robustness",
     "attend": "attention_overlays",
     "classify": "inference",
@@ -42,6 +44,7 @@ __all__ = [
     "ImageClassifier",
     "LoadedModel",
     "ModelSource",
+    "RobustClassifier",
     "RobustnessSummary",
     "attend",
     "classify",

@@ -1,0 +1,226 @@
+"""What token-aware average pooling and attention diversification do to a small FAN on small real data.
+
+The shipped configs ``image/flowers_fan`` and ``image/fashion_mnist_fan`` are trained with cross entropy alone (CE), with
+TAP, with ADL, and with both, three seeds each, and the weights of the last epoch are evaluated on the validation images
+as they are and under the fifteen corruptions at five severities, made at the size of the model's input.
+
+The data is ``images/`` below SACCADE_TEST_DATA (default ../shared/data). Each run leaves a folder below
+``runs/train_robust/`` of the repository (or SACCADE_TRAIN_ROBUST); what is there is not done again.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import yaml
+from torch import Tensor, nn
+
+from benchmarks.harness import RESULTS
+from saccade.apps.measure import machine
+from saccade.apps.shipped import config_path
+from saccade.checkpoints import best_checkpoint
+from saccade.datasets import IDXData, ImageFolderData
+from saccade.datasets.corruptions import CORRUPTIONS, GROUPS, SEVERITIES, corrupt
+from saccade.vision_backbones import load_model
+from saccade.vision_backbones.diversity import DiversityCollector
+
+SEEDS = (0, 1, 2)
+REPOSITORY = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("SACCADE_TEST_DATA") or REPOSITORY.parent / "shared" / "data") / "images"
+FOLDER = Path(os.environ.get("SACCADE_TRAIN_ROBUST") or REPOSITORY / "runs" / "train_robust")
+# config, folder of the data, module that reads it
+SETS = {
+    "flowers": ("image/flowers_fan", DATA / "flowers", ImageFolderData),
+    "fashion_mnist": ("image/fashion_mnist_fan", DATA / "fashion_mnist", IDXData),
+}
+VARIANTS = {"CE": (False, 0.0), "CE + TAP": (True, 0.0), "CE + ADL": (False, 1.0), "CE + TAP + ADL": (True, 1.0)}
+COUNTED = [name for name in CORRUPTIONS if name not in GROUPS["extra"]]
+
+
+def place(data: str, variant: str, seed: int) -> Path:
+    """Return the folder of one run."""
+    return FOLDER / f"{data}-{variant.replace(' + ', '-').lower()}-{seed}"
+
+
+def train(data: str, variant: str, seed: int) -> None:
+    """Train once with ``saccade fit`` and note the outcome in ``run.json``, unless that is there."""
+    folder = place(data, variant, seed)
+    if (folder / "run.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    config, root, _ = SETS[data]
+    pooling, weight = VARIANTS[variant]
+    options = yaml.safe_load(config_path(config).read_text())["model"]["init_args"]["backbone_options"]
+    options = {key: value for key, value in options.items() if key != "num_scales"}
+    options |= {"num_scales": 4} if pooling else {}
+    settings = ["--model.backbone_options", json.dumps(options), "--model.diversity_weight", str(weight)]
+    command = [sys.executable, "-m", "saccade.apps.cli", "fit", "-c", config, "--data.root", str(root)]
+    start = time.perf_counter()
+    done = subprocess.run(
+        [*command, *settings, "--seed", str(seed), "-q", "--json"],
+        cwd=folder,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    summary = json.loads(done.stdout)
+    metrics = json.loads((folder / summary["run"] / "metrics.json").read_text())
+    outcome = {
+        "run": summary["run"],
+        "epochs": metrics["epochs"],
+        "epoch_seconds": metrics["seconds"],
+        "total_seconds": round(time.perf_counter() - start, 1),
+        "last": metrics["last"],
+    }
+    (folder / "run.json").write_text(json.dumps(outcome, indent=1) + "\n")
+    print(f"{folder.name:<34}val acc {metrics['last']['val/acc']:.3f}   {outcome['total_seconds']:.0f} s", flush=True)
+
+
+class Images:
+    """The validation images of a data set, cropped for a model."""
+
+    def __init__(self, data: str, data_config: dict[str, Any]) -> None:
+        _, root, kind = SETS[data]
+        samples = kind(root=str(root)).samples("val")
+        crop = timm.data.create_transform(**data_config, use_prefetcher=True)
+        self.pixels = np.stack([np.asarray(crop(sample.load())) for sample in samples])  # (N, 3, Y, X), uint8
+        self.targets = torch.tensor([sample.target for sample in samples])
+        self.mean, self.std = (torch.tensor(data_config[name]).view(1, 3, 1, 1) * 255 for name in ("mean", "std"))
+
+    def normalised(self, pixels: np.ndarray) -> Tensor:
+        """Return pixels ``(N, 3, Y, X)`` as the model wants them."""
+        return (torch.from_numpy(pixels).float() - self.mean) / self.std
+
+    def corrupted(self, name: str, severity: int) -> Tensor:
+        """Return all images under a corruption; each has its own seed, whatever the model."""
+        changed = [
+            corrupt(image.transpose(1, 2, 0), name, severity, zlib.crc32(f"{name} {severity} {index}".encode()))
+            for index, image in enumerate(self.pixels)
+        ]
+        return self.normalised(np.stack(changed).transpose(0, 3, 1, 2))
+
+
+def accuracy(model: nn.Module, images: Tensor, targets: Tensor) -> float:
+    """Return top-1 accuracy."""
+    with torch.inference_mode():
+        right = [(model(part).argmax(1) == want).sum() for part, want in batches(images, targets)]
+    return sum(int(count) for count in right) / len(targets)
+
+
+def batches(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield parts of 64."""
+    return zip(*(tensor.split(64) for tensor in tensors), strict=True)
+
+
+def mean_diversity_loss(model: nn.Module, images: Tensor) -> float:
+    """Return the diversity loss over all images."""
+    collector = DiversityCollector(model)
+    total = 0.0
+    with torch.no_grad():
+        for (part,) in batches(images):
+            with collector:
+                model(part)
+            total += collector.loss().item() * len(part)
+    collector.remove()
+    return total / len(images)
+
+
+def evaluate(data: str) -> None:
+    """Evaluate all runs of a data set that have no ``evaluation.json`` yet; each corruption is made once for all."""
+    runs = [place(data, variant, seed) for variant in VARIANTS for seed in SEEDS]
+    runs = [run for run in runs if (run / "run.json").exists() and not (run / "evaluation.json").exists()]
+    if not runs:
+        return
+    loaded = [
+        load_model(str(best_checkpoint(run / json.loads((run / "run.json").read_text())["run"], prefer="last")))
+        for run in runs
+    ]
+    models = [one.model for one in loaded]
+    images = Images(data, loaded[0].data_config)
+    clean = images.normalised(images.pixels)
+    found = [
+        {"clean": accuracy(model, clean, images.targets), "adl": mean_diversity_loss(model, clean), "corrupted": {}}
+        for model in models
+    ]
+    for name in COUNTED:
+        corrupted = [images.corrupted(name, severity) for severity in SEVERITIES]
+        for model, result in zip(models, found, strict=True):
+            result["corrupted"][name] = [accuracy(model, part, images.targets) for part in corrupted]
+        print(f"{data}: {name} done", flush=True)
+    for run, result in zip(runs, found, strict=True):
+        (run / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def summary(data: str, variant: str) -> dict[str, Any]:
+    """Return mean and spread over the seeds, and the figures of each."""
+    seeds = []
+    for seed in SEEDS:
+        folder = place(data, variant, seed)
+        if not (folder / "evaluation.json").exists():
+            continue
+        run, found = (json.loads((folder / name).read_text()) for name in ("run.json", "evaluation.json"))
+        means = {name: statistics.mean(values) for name, values in found["corrupted"].items()}
+        seeds.append(
+            {
+                "seed": seed,
+                "clean": found["clean"],
+                "corrupted": statistics.mean(means.values()),
+                "groups": {
+                    group: statistics.mean(means[name] for name in names)
+                    for group, names in GROUPS.items()
+                    if group != "extra"
+                },
+                "retention": statistics.mean(means.values()) / found["clean"],
+                "adl": found["adl"],
+                "by_corruption": means,
+                "epochs": run["epochs"],
+                "total_seconds": run["total_seconds"],
+            }
+        )
+    kinds = ("clean", "corrupted", "retention", "adl")
+    mean = {kind: statistics.mean(seed[kind] for seed in seeds) for kind in kinds}
+    spread = {kind: statistics.stdev([seed[kind] for seed in seeds]) if len(seeds) > 1 else 0.0 for kind in kinds}
+    return {"data": data, "variant": variant, "mean": mean, "standard_deviation": spread, "seeds": seeds}
+
+
+def main() -> None:
+    """Run what is missing, print the table and save."""
+    for seed in SEEDS:
+        for data in SETS:
+            for variant in VARIANTS:
+                train(data, variant, seed)
+    for data in SETS:
+        evaluate(data)
+    report()
+
+
+def report() -> None:
+    """Print the table of the evaluated runs and save it."""
+    cases = []
+    print(f"{'data':<16}{'loss':<18}{'clean':>16}{'corrupted':>16}{'retention':>16}{'ADL':>16}   mean and sd, top-1")
+    for data in SETS:
+        for variant in VARIANTS:
+            case = summary(data, variant)
+            columns = (
+                f"{case['mean'][kind]:.3f} +- {case['standard_deviation'][kind]:.3f}".rjust(16)
+                for kind in ("clean", "corrupted", "retention", "adl")
+            )
+            print(f"{data:<16}{variant:<18}{''.join(columns)}   {len(case['seeds'])} seeds")
+            cases.append(case)
+    RESULTS.mkdir(exist_ok=True)
+    content = {"machine": machine(), "load": os.getloadavg(), "cases": cases}
+    (RESULTS / "train_robust.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
