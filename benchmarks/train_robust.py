@@ -1,8 +1,8 @@
 """What token-aware average pooling and attention diversification do to a small FAN on small real data.
 
-The shipped configs ``image/flowers_fan`` and ``image/fashion_mnist_fan`` are trained with cross entropy alone (CE), with
-TAP, with ADL, and with both, three seeds each, and the weights of the last epoch are evaluated on the validation images
-as they are and under the fifteen corruptions at five severities, made at the size of the model's input.
+The shipped configs ``image/flowers_fan`` and ``image/fashion_mnist_fan`` are trained with cross entropy alone (CE),
+with TAP, with ADL, and with both, three seeds each, and the weights of the last epoch are evaluated on the validation
+images as they are and under the fifteen corruptions at five severities, made at the size of the model's input.
 
 The data is ``images/`` below SACCADE_TEST_DATA (default ../shared/data). Each run leaves a folder below
 ``runs/train_robust/`` of the repository (or SACCADE_TRAIN_ROBUST); what is there is not done again.

@@ -232,7 +232,7 @@ class DiversityCollector:
             return
         if self.collecting and self.differentiable and not torch.is_grad_enabled():
             raise ConfigError(
-                f"{name} runs without gradients, but the collector's `with` block began with them. Checkpointing has to "
+                f"{name} runs without gradients, but the collector's `with` block began with them. Checkpointing must "
                 "be use_reentrant=False (in timm set_reentrant_ckpt(False)), and torch.no_grad() around the block."
             )
         with torch.autocast(query.device.type, enabled=False):  # the sums over maps need float32
