@@ -60,10 +60,10 @@ def train(data: str, variant: str, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config, root, _ = SETS[data]
     pooling, weight = VARIANTS[variant]
-    options = yaml.safe_load(config_path(config).read_text())["model"]["init_args"]["backbone_options"]
+    options = yaml.safe_load(config_path(config).read_text())["model"]["init_args"]["backbone_kwargs"]
     options = {key: value for key, value in options.items() if key != "num_scales"}
     options |= {"num_scales": 4} if pooling else {}
-    settings = ["--model.backbone_options", json.dumps(options), "--model.diversity_weight", str(weight)]
+    settings = ["--model.backbone_kwargs", json.dumps(options), "--model.diversity_weight", str(weight)]
     command = [sys.executable, "-m", "saccade.apps.cli", "fit", "-c", config, "--data.root", str(root)]
     start = time.perf_counter()
     done = subprocess.run(

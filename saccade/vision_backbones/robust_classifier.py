@@ -30,7 +30,7 @@ class RobustClassifier(ImageClassifier):
     Args:
         backbone: timm name, saccade's own models included.
         num_classes: Number of classes.
-        backbone_options: Further arguments of the backbone's constructor.
+        backbone_kwargs: Further arguments of the backbone's constructor.
         token_pooling_scales: Give the blocks of a plain ViT token-aware average pooling with so many branches (4 in
             the paper); ``None`` leaves the backbone as it is. Backbones that have the layer take their own argument.
         token_pooling_norm: Statistics of the batch norms in that layer: ``"batch"``, of all processes (``"sync"``, on
@@ -57,7 +57,7 @@ class RobustClassifier(ImageClassifier):
         backbone: str,
         num_classes: int,
         *,
-        backbone_options: dict[str, Any] | None = None,
+        backbone_kwargs: dict[str, Any] | None = None,
         token_pooling_scales: int | None = None,
         token_pooling_norm: Literal["batch", "sync", "frozen"] = "batch",
         diversity_weight: float = 1.0,
@@ -73,7 +73,7 @@ class RobustClassifier(ImageClassifier):
                 f"{diversity_weight}, {diversity_threshold} and {diversity_every}."
             )
         pooling = {} if token_pooling_scales is None else {"token_pooling_scales": token_pooling_scales}
-        super().__init__(backbone, num_classes, backbone_options={**(backbone_options or {}), **pooling}, **kwargs)
+        super().__init__(backbone, num_classes, backbone_kwargs={**(backbone_kwargs or {}), **pooling}, **kwargs)
         if token_pooling_norm != "batch":
             set_pooling_norm(self.model, token_pooling_norm)
         self.diversity_weight = diversity_weight

@@ -25,7 +25,7 @@ SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "class_token": False, "glo
 
 def classifier(**options):
     torch.manual_seed(0)
-    backbone = {"backbone_options": SMALL, "img_size": 64} | options
+    backbone = {"backbone_kwargs": SMALL, "img_size": 64} | options
     module = RobustClassifier(backbone.pop("backbone", "vit_small_patch16_224"), 3, **backbone)
     for key, parameter in module.model.named_parameters():
         if "qkv.weight" in key:
@@ -106,8 +106,8 @@ def test_patch_augmentation_adds_a_second_cross_entropy(tmp_path):
     ("backbone", "options"),
     [
         ("vit_small_patch16_224", {"token_pooling_scales": 3}),
-        ("tap_fan_tiny_12_p16_224", {"backbone_options": {"embed_dim": 32, "depth": 2}}),
-        ("tap_rvt_tiny", {"backbone_options": {"base_dims": [8], "depth": [2], "heads": [2]}}),
+        ("tap_fan_tiny_12_p16_224", {"backbone_kwargs": {"embed_dim": 32, "depth": 2}}),
+        ("tap_rvt_tiny", {"backbone_kwargs": {"base_dims": [8], "depth": [2], "heads": [2]}}),
     ],
 )
 def test_checkpoints_hold_all_that_inference_needs(tmp_path, backbone, options):
@@ -133,7 +133,7 @@ def test_checkpoints_hold_all_that_inference_needs(tmp_path, backbone, options):
         ({"diversity_every": 0}, "at least 1"),
         ({"token_pooling_norm": "frozen"}, "no token-aware average pooling"),
         ({"diversity_layers": [5]}, "2 layers"),
-        ({"backbone": "test_resnet", "backbone_options": None, "img_size": None}, "no attention over places"),
+        ({"backbone": "test_resnet", "backbone_kwargs": None, "img_size": None}, "no attention over places"),
     ],
 )
 def test_options_that_do_not_fit(options, message):
@@ -177,7 +177,7 @@ def test_fit_and_classify_on_the_command_line(tmp_path):
           class_path: RobustClassifier
           init_args:
             backbone: vit_small_patch16_224
-            backbone_options: {embed_dim: 32, depth: 2, num_heads: 2}
+            backbone_kwargs: {embed_dim: 32, depth: 2, num_heads: 2}
             token_pooling_scales: 4
             diversity_weight: 0.5
         data:
