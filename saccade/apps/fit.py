@@ -33,10 +33,17 @@ EXAMPLES = {
         "saccade fit -c image/digits_resnet10 --epochs 5 --lr 2e-3",
     ]
 }
-TASKS = {"image": "image/finetune"}
+TASKS = {"gaze": "gaze/oat", "image": "image/finetune"}
 INTERRUPTED, TERMINATED = 130, 143
 FOLDER_VARIABLE = "SACCADE_RUN_FOLDER"
-NEW_RUN_ONLY = ("model.class_path", "model.backbone", "model.optimizer.class_path", "model.freeze", "model.ema_decay")
+NEW_RUN_ONLY = (
+    "model.class_path",
+    "model.backbone",
+    "model.optimizer.class_path",
+    "model.freeze",
+    "model.ema_decay",
+    "model.width",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -21,6 +21,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 import saccade.datasets.digits
 import saccade.datasets.folder
 import saccade.datasets.idx
+import saccade.gaze.predictor
 import saccade.vision_backbones.classifier
 import saccade.vision_backbones.robust_classifier  # these imports make the classes known by their short names  # noqa: F401
 from saccade.apps.config_errors import (
@@ -36,6 +37,7 @@ from saccade.apps.config_errors import (
 )
 from saccade.checkpoints import read_checkpoint
 from saccade.datasets.image_data import Augmentation, ImageData, Preprocess, Split
+from saccade.datasets.scanpaths import ScanpathData
 from saccade.errors import ConfigError
 from saccade.vision_backbones.loading import check_name
 
@@ -150,8 +152,9 @@ class SaccadeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Complete the config before anything is built: the backbone's preprocessing, paths, classes."""
         model, data = self.config.model.init_args, self.config.data.init_args
-        if data.get("root") is not None:  # so that the checkpoint can be tested from another working directory
-            data.root = str(Path(data.root).expanduser().absolute())
+        for name in ("root", "images", "features"):
+            if data.get(name) is not None:  # so that the checkpoint can be tested from another working directory
+                data[name] = str(Path(data[name]).expanduser().absolute())
         if "backbone" in model:
             try:
                 check_name(model.backbone)
@@ -213,9 +216,11 @@ class SaccadeCLI(LightningCLI):
         """Return the name of the data and the number of samples in each split."""
         root = self.config.data.init_args.get("root")
         name = type(self.datamodule).__name__ if root is None else Path(root).name
-        if not isinstance(self.datamodule, ImageData):
+        if not isinstance(self.datamodule, ImageData | ScanpathData):
             return name
         counts = ", ".join(f"{len(self.datamodule.samples(split)):,} {split}" for split in splits)
+        if isinstance(self.datamodule, ScanpathData):
+            return f"{name}: {counts} trials"
         return f"{name}: {counts}, {self.datamodule.num_classes} classes"
 
     def changes(self) -> list[str]:
@@ -264,7 +269,8 @@ class ConfigCheck(SaccadeCLI):
         offline = {"pretrained": False, "weights": None, "ema_decay": None}
         arguments |= {name: value for name, value in offline.items() if name in arguments}
         names = self.config.data.init_args.get("class_names")
-        arguments |= {"num_classes": len(names or range(10)), "class_names": names}
+        if "num_classes" in arguments:
+            arguments |= {"num_classes": len(names or range(10)), "class_names": names}
         parser = LightningArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(LightningModule, "model")
         spec = {"class_path": self.config.model.class_path, "init_args": arguments}

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from saccade.datasets.corruptions import CORRUPTIONS as CORRUPTIONS
     from saccade.datasets.corruptions import corrupt as corrupt
     from saccade.datasets.digits import DigitsData as DigitsData
+    from saccade.datasets.drawn_search import search_scenes as search_scenes
     from saccade.datasets.folder import ImageFolderData as ImageFolderData
     from saccade.datasets.idx import IDXData as IDXData
     from saccade.datasets.idx import read_idx as read_idx
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from saccade.datasets.image_data import ImageData as ImageData
     from saccade.datasets.image_data import Preprocess as Preprocess
     from saccade.datasets.images import read_image as read_image
+    from saccade.datasets.scanpaths import ScanpathData as ScanpathData
 
 # Looked up on first use: reading an image must not import Lightning.
 LAZY = {
@@ -26,9 +28,11 @@ LAZY = {
     "ImageData": "image_data",
     "ImageFolderData": "folder",
     "Preprocess": "image_data",
+    "ScanpathData": "scanpaths",
     "corrupt": "corruptions",
     "read_idx": "idx",
     "read_image": "images",
+    "search_scenes": "drawn_search",
 }
 
 __all__ = [
@@ -39,9 +43,11 @@ __all__ = [
     "ImageData",
     "ImageFolderData",
     "Preprocess",
+    "ScanpathData",
     "corrupt",
     "read_idx",
     "read_image",
+    "search_scenes",
 ]
 
 

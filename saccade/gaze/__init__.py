@@ -6,6 +6,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from saccade.gaze.baselines import CentreBias as CentreBias
+    from saccade.gaze.baselines import NearestObjects as NearestObjects
+    from saccade.gaze.baselines import RandomObjects as RandomObjects
+    from saccade.gaze.baselines import SalientObjects as SalientObjects
+    from saccade.gaze.bottom_up import object_saliency as object_saliency
+    from saccade.gaze.bottom_up import spectral_residual as spectral_residual
+    from saccade.gaze.crops import cut_crops as cut_crops
     from saccade.gaze.decoding import DecodedPaths as DecodedPaths
     from saccade.gaze.decoding import PathModel as PathModel
     from saccade.gaze.decoding import beam_search as beam_search
@@ -14,9 +21,12 @@ if TYPE_CHECKING:
     from saccade.gaze.decoding import sample as sample
     from saccade.gaze.formats import read_scanpaths as read_scanpaths
     from saccade.gaze.formats import write_scanpaths as write_scanpaths
+    from saccade.gaze.loading import LoadedPredictor as LoadedPredictor
+    from saccade.gaze.loading import load_predictor as load_predictor
     from saccade.gaze.metrics import multimatch as multimatch
     from saccade.gaze.oat import OAT as OAT
     from saccade.gaze.objects import assign_objects as assign_objects
+    from saccade.gaze.predictor import ScanpathPredictor as ScanpathPredictor
     from saccade.gaze.scanpath import Scanpath as Scanpath
     from saccade.gaze.scanpath import ScanpathSet as ScanpathSet
     from saccade.gaze.scenes import SceneBatch as SceneBatch
@@ -26,57 +36,98 @@ if TYPE_CHECKING:
     from saccade.gaze.scenes import stack_scenes as stack_scenes
     from saccade.gaze.splits import find_leaks as find_leaks
     from saccade.gaze.splits import split_scanpaths as split_scanpaths
+    from saccade.gaze.training import path_loss as path_loss
+    from saccade.gaze.trials import Trial as Trial
+    from saccade.gaze.trials import collate_trials as collate_trials
+    from saccade.gaze.trials import lay_grid as lay_grid
+    from saccade.gaze.trials import scanpaths_of as scanpaths_of
+    from saccade.gaze.trials import scene_of as scene_of
+    from saccade.gaze.trials import trials_of as trials_of
     from saccade.gaze.validation import Notice as Notice
     from saccade.gaze.validation import notices as notices
 
 # Looked up on first use: reading recordings needs no torch, and a model no file formats.
 LAZY = {
     "OAT": "oat",
+    "CentreBias": "baselines",
     "DecodedPaths": "decoding",
+    "LoadedPredictor": "loading",
+    "NearestObjects": "baselines",
     "Notice": "validation",
     "PathModel": "decoding",
+    "RandomObjects": "baselines",
+    "SalientObjects": "baselines",
     "Scanpath": "scanpath",
+    "ScanpathPredictor": "predictor",
     "ScanpathSet": "scanpath",
     "SceneBatch": "scenes",
+    "Trial": "trials",
     "assign_objects": "objects",
     "beam_search": "decoding",
     "box_positions": "scenes",
+    "collate_trials": "trials",
+    "cut_crops": "crops",
     "find_leaks": "splits",
     "greedy": "decoding",
     "grid_boxes": "scenes",
     "grid_scene": "scenes",
+    "lay_grid": "trials",
+    "load_predictor": "loading",
     "log_prob": "decoding",
     "multimatch": "metrics",
     "notices": "validation",
+    "object_saliency": "bottom_up",
+    "path_loss": "training",
     "read_scanpaths": "formats",
     "sample": "decoding",
+    "scanpaths_of": "trials",
+    "scene_of": "trials",
+    "spectral_residual": "bottom_up",
     "split_scanpaths": "splits",
     "stack_scenes": "scenes",
+    "trials_of": "trials",
     "write_scanpaths": "formats",
 }
 
 __all__ = [
     "OAT",
+    "CentreBias",
     "DecodedPaths",
+    "LoadedPredictor",
+    "NearestObjects",
     "Notice",
     "PathModel",
+    "RandomObjects",
+    "SalientObjects",
     "Scanpath",
+    "ScanpathPredictor",
     "ScanpathSet",
     "SceneBatch",
+    "Trial",
     "assign_objects",
     "beam_search",
     "box_positions",
+    "collate_trials",
+    "cut_crops",
     "find_leaks",
     "greedy",
     "grid_boxes",
     "grid_scene",
+    "lay_grid",
+    "load_predictor",
     "log_prob",
     "multimatch",
     "notices",
+    "object_saliency",
+    "path_loss",
     "read_scanpaths",
     "sample",
+    "scanpaths_of",
+    "scene_of",
+    "spectral_residual",
     "split_scanpaths",
     "stack_scenes",
+    "trials_of",
     "write_scanpaths",
 ]
 

@@ -350,7 +350,12 @@ def step_log_probs(
         float32 ``(B, K, T + 1)``, and bool of the same shape: which steps are there (none of an empty path). The end of
         a path of no object is no step.
     """
-    logits = model(scenes, paths, viewers).float()
+    return path_log_probs(model(scenes, paths, viewers), paths)
+
+
+def path_log_probs(logits: Tensor, paths: Tensor) -> tuple[Tensor, Tensor]:
+    """Return :func:`step_log_probs` of logits ``(B, K, T + 1, 1 + N)`` that a model gave for these paths."""
+    logits = logits.float()
     first = torch.arange(logits.shape[2], device=logits.device) == 0
     no_end = F.pad(first[:, None], (0, logits.shape[-1] - 1), value=False)
     log_probs = logits.masked_fill(no_end, -torch.inf).log_softmax(-1)

@@ -99,7 +99,8 @@ class OAT(nn.Module):
         encoder_layers: Number of them.
         decoder_layers: Number of them.
         readout_heads: Heads Nc of the object attention.
-        readout_scale: ``dk``: the readout is divided by its square root; the official code has 512 at every width.
+        readout_scale: ``dk``: the readout is divided by its square root; ``None`` means E. The official code has 512 at
+            every width.
         seen: ``"crops"`` (a small network trained from scratch, as published), ``"features"`` (given by an encoder) or
             ``"nothing"``.
         feature_dim: Numbers per object for ``"features"``.
@@ -128,7 +129,7 @@ class OAT(nn.Module):
         encoder_layers: int = 4,
         decoder_layers: int = 4,
         readout_heads: int = 2,
-        readout_scale: float = 512.0,
+        readout_scale: float | None = None,
         seen: Literal["crops", "features", "nothing"] = "crops",
         feature_dim: int | None = None,
         pyramid_levels: int = 0,
@@ -147,7 +148,8 @@ class OAT(nn.Module):
         if (feature_dim is None) == (seen == "features"):
             raise ConfigError("feature_dim belongs to seen='features': give both or neither.")
         half = width // 2
-        self.width, self.heads, self.readout_scale = width, heads, readout_scale
+        self.width, self.heads = width, heads
+        self.readout_scale = width if readout_scale is None else readout_scale
         self.position_rows, self.target_position, self.num_viewers = position_rows, target_position, num_viewers
         self.vocabulary = vocabulary
         columns = -(-half // 3) if position_columns is None else position_columns

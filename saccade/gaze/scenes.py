@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.errors import DataError, ShapeError
+from saccade.errors import ConfigError, DataError, ShapeError
 
-__all__ = ["SceneBatch", "box_positions", "grid_boxes", "grid_scene", "stack_scenes"]
+__all__ = ["SceneBatch", "box_positions", "grid_boxes", "grid_scene", "parse_grid", "stack_scenes"]
 
 
 @dataclass(frozen=True)
@@ -143,14 +144,14 @@ def grid_boxes(rows: int, columns: int, width: float, height: float) -> Tensor:
 def box_positions(boxes: Tensor) -> tuple[Tensor, Tensor]:
     """Return the row and column of boxes in units of the typical distance between neighbours, and that distance.
 
-    The middle of a box at the upper left corner of all of them has row and column 0. Cells of a regular grid get whole
-    numbers.
+    The unit is the cell of the boxes' typical shape of which N would cover the area that they are spread over. Cells of
+    a regular grid get whole numbers; the smallest row and column are 0.
 
     Args:
         boxes: ``(N, 4)``, x1 y1 x2 y2 in pixels.
 
     Returns:
-        ``(N, 2)`` float32, and the pitch ``(2,)`` (vertical, horizontal) in pixels: medians of height and width.
+        ``(N, 2)`` float32, and that distance, vertical and horizontal ``(2,)``, in pixels.
 
     Raises:
         DataError: If a box is empty, or there are none.
@@ -161,6 +162,20 @@ def box_positions(boxes: Tensor) -> tuple[Tensor, Tensor]:
     if bool((size <= 0).any()):
         row = int((size <= 0).any(-1).nonzero()[0])
         raise DataError(f"Box {row} is empty: {boxes[row].tolist()} (x1, y1, x2, y2).", reason="bad_boxes")
-    pitch = size.median(0).values
     middle = (boxes[:, :2] + boxes[:, 2:]).flip(-1) / 2
+    typical = size.median(0).values
+    area = middle.max(0).values - middle.min(0).values + typical
+    pitch = typical * (area.prod() / (len(boxes) * typical.prod())).sqrt()
     return ((middle - middle.min(0).values) / pitch).float(), pitch
+
+
+def parse_grid(text: str) -> tuple[int, int]:
+    """Return rows and columns of ``"6x14"``.
+
+    Raises:
+        ConfigError: If it is not two numbers from 1 up with an x between.
+    """
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.strip().lower())
+    if match is None:
+        raise ConfigError(f"A grid is ROWSxCOLUMNS, e.g. 6x14, got {text!r}.")
+    return int(match[1]), int(match[2])

@@ -27,7 +27,8 @@ def test_one_batch(name, tmp_path, monkeypatch):
     write_folder(tmp_path / "data", {"train": 12, "val": 2})
     for prefix in ("train", "t10k"):
         write_pair(tmp_path / "data", prefix, 32)
-    root = [] if "DigitsData" in config_path(name).read_text() else ["--data.root", "data"]
+    own_data = ("DigitsData", "ScanpathData")
+    root = [] if any(data in config_path(name).read_text() for data in own_data) else ["--data.root", "data"]
     assert main(["fit", "-c", name, *root, "--trainer.fast_dev_run", "true", "-j", "0", "-q"]) == 0
 
 
