@@ -274,12 +274,12 @@ def build_position(kind: PositionEncoding, width: int, rows: int, columns: int, 
 
 
 def check_inside(position: Tensor, limit: int) -> None:
-    """Raise if an object stands outside the positions that a model has codes for.
+    """Raise if an object stands outside the positions that a model has codes for, by more than half a cell.
 
     Raises:
         ShapeError: With the largest coordinate.
     """
-    if position.numel() and float(position.max()) > limit - 1 + 1e-6:
+    if position.numel() and float(position.max()) > limit - 0.5:
         raise ShapeError(
             f"An object stands at row or column {float(position.max()):.4g}, the model has codes for 0 to {limit - 1}: "
             "build it with a larger position_rows."
