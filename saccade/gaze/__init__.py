@@ -25,7 +25,21 @@ if TYPE_CHECKING:
     from saccade.gaze.loading import load_predictor as load_predictor
     from saccade.gaze.metrics import multimatch as multimatch
     from saccade.gaze.oat import OAT as OAT
+    from saccade.gaze.object_boxes import ObjectBoxes as ObjectBoxes
+    from saccade.gaze.object_boxes import boxes_by_detector as boxes_by_detector
+    from saccade.gaze.object_boxes import boxes_on_grid as boxes_on_grid
+    from saccade.gaze.object_boxes import read_boxes as read_boxes
+    from saccade.gaze.object_features import FeatureFile as FeatureFile
+    from saccade.gaze.object_features import ObjectEncoder as ObjectEncoder
+    from saccade.gaze.object_features import encode_objects as encode_objects
     from saccade.gaze.objects import assign_objects as assign_objects
+    from saccade.gaze.plotting import animate_scanpath as animate_scanpath
+    from saccade.gaze.plotting import draw_heatmap as draw_heatmap
+    from saccade.gaze.plotting import draw_scanpaths as draw_scanpaths
+    from saccade.gaze.plotting import fixation_map as fixation_map
+    from saccade.gaze.prediction import Query as Query
+    from saccade.gaze.prediction import Strategy as Strategy
+    from saccade.gaze.prediction import predict_scanpaths as predict_scanpaths
     from saccade.gaze.predictor import ScanpathPredictor as ScanpathPredictor
     from saccade.gaze.scanpath import Scanpath as Scanpath
     from saccade.gaze.scanpath import ScanpathSet as ScanpathSet
@@ -51,23 +65,35 @@ LAZY = {
     "OAT": "oat",
     "CentreBias": "baselines",
     "DecodedPaths": "decoding",
+    "FeatureFile": "object_features",
     "LoadedPredictor": "loading",
     "NearestObjects": "baselines",
     "Notice": "validation",
+    "ObjectBoxes": "object_boxes",
+    "ObjectEncoder": "object_features",
     "PathModel": "decoding",
+    "Query": "prediction",
     "RandomObjects": "baselines",
     "SalientObjects": "baselines",
     "Scanpath": "scanpath",
     "ScanpathPredictor": "predictor",
     "ScanpathSet": "scanpath",
     "SceneBatch": "scenes",
+    "Strategy": "prediction",
     "Trial": "trials",
+    "animate_scanpath": "plotting",
     "assign_objects": "objects",
     "beam_search": "decoding",
     "box_positions": "scenes",
+    "boxes_by_detector": "object_boxes",
+    "boxes_on_grid": "object_boxes",
     "collate_trials": "trials",
     "cut_crops": "crops",
+    "draw_heatmap": "plotting",
+    "draw_scanpaths": "plotting",
+    "encode_objects": "object_features",
     "find_leaks": "splits",
+    "fixation_map": "plotting",
     "greedy": "decoding",
     "grid_boxes": "scenes",
     "grid_scene": "scenes",
@@ -78,6 +104,8 @@ LAZY = {
     "notices": "validation",
     "object_saliency": "bottom_up",
     "path_loss": "training",
+    "predict_scanpaths": "prediction",
+    "read_boxes": "object_boxes",
     "read_scanpaths": "formats",
     "sample": "decoding",
     "scanpaths_of": "trials",
@@ -93,23 +121,35 @@ __all__ = [
     "OAT",
     "CentreBias",
     "DecodedPaths",
+    "FeatureFile",
     "LoadedPredictor",
     "NearestObjects",
     "Notice",
+    "ObjectBoxes",
+    "ObjectEncoder",
     "PathModel",
+    "Query",
     "RandomObjects",
     "SalientObjects",
     "Scanpath",
     "ScanpathPredictor",
     "ScanpathSet",
     "SceneBatch",
+    "Strategy",
     "Trial",
+    "animate_scanpath",
     "assign_objects",
     "beam_search",
     "box_positions",
+    "boxes_by_detector",
+    "boxes_on_grid",
     "collate_trials",
     "cut_crops",
+    "draw_heatmap",
+    "draw_scanpaths",
+    "encode_objects",
     "find_leaks",
+    "fixation_map",
     "greedy",
     "grid_boxes",
     "grid_scene",
@@ -120,6 +160,8 @@ __all__ = [
     "notices",
     "object_saliency",
     "path_loss",
+    "predict_scanpaths",
+    "read_boxes",
     "read_scanpaths",
     "sample",
     "scanpaths_of",

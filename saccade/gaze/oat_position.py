@@ -45,7 +45,7 @@ def distance_gram(rows: int, sigma: float) -> Tensor:
     Returns:
         ``(R, R)``, float64.
     """
-    place = torch.arange(rows, dtype=torch.float64)
+    place = torch.arange(rows, dtype=torch.float64, device="cpu")  # whatever the default device is
     return torch.exp(-((place[:, None] - place) ** 2) / (2 * sigma**2))
 
 
@@ -71,6 +71,7 @@ def distance_loss(table: Tensor, sigma: float) -> Tensor:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(mode=False)  # kept, and used in training later
 def gram_root(rows: int, sigma: float, power: float) -> Tensor:
     """Return ``G^power`` of :func:`distance_gram`, float64."""
     values, vectors = torch.linalg.eigh(distance_gram(rows, sigma))
