@@ -1,4 +1,4 @@
-"""``saccade gaze predict`` and ``saccade gaze features``: paths on images, and what models see of the objects in them."""
+"""``saccade gaze predict`` and ``features``: paths on images, and what models see of the objects in them."""
 
 from __future__ import annotations
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,9 @@ from PIL import Image
 
 from saccade.errors import ConfigError, DataError
 from saccade.gaze.scanpath import Scanpath, ScanpathSet
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["animate_scanpath", "draw_heatmap", "draw_scanpaths", "fixation_map"]
 
@@ -41,7 +45,6 @@ def draw_scanpaths(
         ConfigError: If there is no panel.
         DataError: If a path was recorded on an image of another size.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     if not panels:
@@ -49,7 +52,6 @@ def draw_scanpaths(
     zoom = SIDE / max(image.size)
     width, height = image.width * zoom, image.height * zoom
     figure = Figure(figsize=(len(panels) * width / 100, (height + 30) / 100), dpi=100)
-    canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     figure.subplots_adjust(0, 0, 1, height / (height + 30), 0.01)
     for axis, (title, paths) in zip(axes, panels, strict=True):
@@ -62,8 +64,14 @@ def draw_scanpaths(
         for number in range(shown):
             check_size(paths[number], image)
             draw_path(axis, paths[number], COLOURS[number % len(COLOURS)], len(paths[number]))
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+    return rendered(figure)
+
+
+def rendered(figure: Figure) -> Image.Image:
+    """Return a figure as RGB."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return Image.open(buffer).convert("RGB")
 
 
 def show_image(axis: Any, image: Image.Image) -> None:  # noqa: ANN401 - matplotlib's Axes
@@ -123,7 +131,8 @@ def fixation_map(paths: ScanpathSet, size: tuple[int, int], *, sigma: float) -> 
     if not total.any():
         raise DataError("No fixation lies inside the image.", reason="off_image")
     blurred: NDArray[np.float64] = gaussian_filter(total, sigma, mode="constant")
-    return blurred / blurred.sum()
+    blurred /= blurred.sum()
+    return blurred
 
 
 def draw_heatmap(
@@ -162,7 +171,6 @@ def animate_scanpath(image: Image.Image, path: Scanpath, out: str | Path, *, spe
     Raises:
         ConfigError: If ``out`` is no GIF, or the speed is not above 0.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     from saccade.batch.tables import atomic_path
@@ -176,12 +184,10 @@ def animate_scanpath(image: Image.Image, path: Scanpath, out: str | Path, *, spe
     frames = []
     for count in range(1, len(path) + 1):
         figure = Figure(figsize=(image.width * zoom / 100, image.height * zoom / 100), dpi=100)
-        canvas = FigureCanvasAgg(figure)
-        axis = figure.add_axes((0, 0, 1, 1))
+            axis = figure.add_axes((0, 0, 1, 1))
         show_image(axis, image)
         draw_path(axis, path, COLOURS[0], count)
-        canvas.draw()
-        frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
+        frames.append(rendered(figure))
     duration = np.full(len(path), REFERENCE_S) if path.duration is None else np.asarray(path.duration)
     shown_ms = np.maximum(duration / speed * 1000, 20).round().astype(int).tolist()  # GIF knows hundredths of a second
     shown_ms[-1] += 1000

@@ -311,8 +311,8 @@ def write_result(run: Run, path: Path) -> None:
 
     records = []
     for name, entry in sorted(run.entries.items()):
-        row = entry.get("row")
-        for stored in row["paths"] if entry["status"] == "done" and row else []:
+        row: dict[str, Any] = entry.get("row", {"paths": []})
+        for stored in row["paths"]:
             xy = np.array(stored["xy"], np.float64)
             records.append(
                 Scanpath(

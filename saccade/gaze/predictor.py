@@ -172,7 +172,8 @@ class ScanpathPredictor(LightningModule):
         make = self.make_optimizer or partial(AdamW, lr=1e-3, weight_decay=0.05)
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
         plain = [p for p in self.model.parameters() if p.ndim <= 1]
-        optimizer = make([{"params": decayed}, {"params": plain, "weight_decay": 0.0}])
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+        optimizer = make(groups)
         if self.lr is not None:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -159,7 +160,7 @@ def lay_grid(paths: ScanpathSet, rows: int, columns: int) -> ScanpathSet:
 
         box = record.target_box
         target = None if box is None else int(cell((box[0:1] + box[2:3]) / 2, (box[1:2] + box[3:4]) / 2)[0])
-        changed = {"boxes": grids[size], "objects": cell(record.x, record.y), "target_object": target}
+        changed: dict[str, Any] = {"boxes": grids[size], "objects": cell(record.x, record.y), "target_object": target}
         records.append(replace(record, **changed))
     return ScanpathSet.from_paths(records)
 
