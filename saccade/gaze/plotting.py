@@ -184,7 +184,7 @@ def animate_scanpath(image: Image.Image, path: Scanpath, out: str | Path, *, spe
     frames = []
     for count in range(1, len(path) + 1):
         figure = Figure(figsize=(image.width * zoom / 100, image.height * zoom / 100), dpi=100)
-            axis = figure.add_axes((0, 0, 1, 1))
+        axis = figure.add_axes((0, 0, 1, 1))
         show_image(axis, image)
         draw_path(axis, path, COLOURS[0], count)
         frames.append(rendered(figure))
