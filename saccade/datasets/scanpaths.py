@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -18,6 +17,7 @@ from saccade.errors import ConfigError
 from saccade.gaze.crops import cut_crops
 from saccade.gaze.scanpath import ScanpathSet
 from saccade.gaze.scenes import parse_grid
+from saccade.gaze.splits import split_scanpaths
 from saccade.gaze.trials import Trial, collate_trials, lay_grid, trials_of
 
 __all__ = ["ScanpathData"]
@@ -38,8 +38,8 @@ class ScanpathData(LightningDataModule):
         seen: ``"crops"``, ``"features"`` or ``"nothing"``: what the model gets of an object besides its place.
         features: HDF5 file of ``saccade gaze features``, for ``seen="features"``.
         crop_size: Height and width of crops in pixels.
-        split_by: What no two splits share: ``"image"``, ``"target"`` (task) or ``"viewer"``; ``"given"`` takes the
-            recordings' own splits.
+        split_by: What no two splits share: ``"image"``, ``"target"`` (task) or ``"subject"`` (viewer); ``"given"``
+            takes the recordings' own splits. See ``split_scanpaths``.
         val_fraction: Share of the images, targets or viewers for validation.
         test_fraction: Share for testing.
         split_seed: Seed of that choice.
@@ -61,7 +61,7 @@ class ScanpathData(LightningDataModule):
         seen: Literal["crops", "features", "nothing"] = "crops",
         features: str | None = None,
         crop_size: int = 32,
-        split_by: Literal["image", "target", "viewer", "given"] = "image",
+        split_by: Literal["image", "target", "subject", "given"] = "image",
         val_fraction: float = 0.15,
         test_fraction: float = 0.15,
         split_seed: int = 0,
@@ -123,25 +123,17 @@ class ScanpathData(LightningDataModule):
 
     def split(self, paths: ScanpathSet) -> dict[str, ScanpathSet]:
         """Divide the paths as ``split_by`` says."""
-        column = {"image": "image", "target": "task", "viewer": "subject", "given": "split"}[self.split_by]
-        values = [str(value) for value in paths.column(column)]
-        names = list(dict.fromkeys(values))
         if self.split_by == "given":
-            groups = {"train": ["train"], "val": ["val", "valid"], "test": ["test"]}
+            names = {"train": "train", "val": ["val", "valid"], "test": "test"}
+            parts = {split: paths.filter(split=name) for split, name in names.items()}
         else:
-            order = np.random.default_rng(self.split_seed).permutation(len(names))
-            test = max(1, round(len(names) * self.test_fraction))
-            val = max(1, round(len(names) * self.val_fraction))
-            parts = {"test": order[:test], "val": order[test : test + val], "train": order[test + val :]}
-            groups = {split: [names[i] for i in members] for split, members in parts.items()}
-        masks = {split: np.isin(values, members) for split, members in groups.items()}
-        for split, mask in masks.items():
-            if not mask.any():
-                raise ConfigError(
-                    f"No paths are left for {split!r}: {len(names)} different {self.split_by}s, val_fraction "
-                    f"{self.val_fraction}, test_fraction {self.test_fraction}."
-                )
-        return {split: paths[np.flatnonzero(masks[split])] for split in ("train", "val", "test")}
+            held_out = self.val_fraction + self.test_fraction
+            fractions = (1 - held_out, self.val_fraction, self.test_fraction)
+            parts = split_scanpaths(paths, by=self.split_by, fractions=fractions, seed=self.split_seed)
+        for split, part in parts.items():
+            if not len(part):
+                raise ConfigError(f"No paths are left for {split!r}, with split_by {self.split_by!r}.")
+        return parts
 
     @property
     def viewers(self) -> list[str]:
