@@ -21,6 +21,7 @@ from skimage import data
 
 from saccade.apps.cli import COMMANDS, build_parser
 from saccade.apps.completion import parser_places
+from saccade.gaze import Scanpath, ScanpathSet, write_scanpaths
 
 PAGE = Path(__file__).with_name("cli.md")
 COLUMNS = 100
@@ -29,8 +30,9 @@ INTRODUCTION = """# Command line
 
 Written by `python docs/record_cli.py`, which runs the commands below, one after the other, in a folder with `photos/`
 (two classes of small crops from pictures that scikit-image ships), `mixed/` (one of them, and a file that is no
-picture) and `slides/` (a stained tissue of scikit-image on glass, as two small pyramids). Long screens are cut at
-`...`; times are those of the machine that recorded the page.
+picture), `slides/` (a stained tissue of scikit-image on glass, as two small pyramids), and `human.csv` and
+`predicted.csv` (simulated scanpaths). Long screens are cut at `...`; times are those of the machine that recorded the
+page.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 all done; 1 the run failed; 2 usage or
 configuration; 3 finished, some items failed; 4 something is missing on this machine; 130 interrupted.
@@ -91,10 +93,21 @@ SCREENS = {
         ],
     ),
     "merge": ("Unites the outputs of `--shard` runs.", ["saccade merge features.h5"]),
+    "gaze": (
+        "Scanpaths: scores beside human agreement and chance, conversion between file formats, honest splits. Scores "
+        "go to standard output, what they mean and what is unusual about the data to standard error.",
+        [
+            "saccade gaze metrics --pred predicted.csv --truth human.csv -o pairs.csv "
+            "--metrics scanmatch,multimatch,sequence_score,dtw",
+            "saccade gaze metrics human.csv -q",
+            "saccade gaze convert human.csv -o human.h5",
+            "saccade gaze split human.csv --by image -o parts/",
+        ],
+    ),
     "list": (
         "What there is. `VERIFIED` says what tests compare with the official code: `golden` outputs, `grad` gradients, "
         "`keys` checkpoint keys; nothing for timm's own models. Their sizes are those of timm 1.0.31.",
-        ["saccade list models 'vit_tiny*'", "saccade list ops", "saccade list configs"],
+        ["saccade list models 'vit_tiny*'", "saccade list ops", "saccade list metrics", "saccade list configs"],
     ),
     "config": (
         "Shipped configs, to use by name (`-c image/finetune`) or to copy and edit.",
@@ -138,6 +151,7 @@ def main(names: list[str]) -> None:
         folder = Path(name)
         write_pictures(folder)
         write_slides(folder)
+        write_scanpaths_of(folder)
         for command in COMMANDS:
             heading = f"## {command.name}\n"
             if names and command.name not in names:
@@ -182,6 +196,24 @@ def write_slides(folder: Path) -> None:
                     metadata=None,
                     **tags,
                 )
+
+
+def write_scanpaths_of(folder: Path) -> None:
+    """Write ``human.csv``, four viewers drawn to a place of each of ten images, and ``predicted.csv``, five samples."""
+    rng = np.random.default_rng(0)
+    places = rng.uniform(100, 500, (10, 2))
+    for name, subjects, samples, spread in (("human", ["1", "2", "3", "4"], 1, 60), ("predicted", ["model"], 5, 90)):
+        paths = []
+        for image, place in enumerate(places):
+            for subject in subjects:
+                for sample in range(samples):
+                    steps = int(rng.integers(4, 10))
+                    x, y = np.clip(place + rng.normal(0, spread, (steps, 2)), 0, 599).round(1).T
+                    duration = rng.integers(80, 400, steps) / 1000
+                    paths.append(
+                        Scanpath(f"{image}.jpg", x, y, duration, subject, sample=sample, width=800, height=600)
+                    )
+        write_scanpaths(ScanpathSet.from_paths(paths), folder / f"{name}.csv")
 
 
 def screen(call: str, folder: Path, longest: int | None) -> str:

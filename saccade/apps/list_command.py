@@ -1,4 +1,4 @@
-"""``saccade list``: models, operators, configs."""
+"""``saccade list``: models, operators, metrics, configs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXAMPLES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="models|ops|configs")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="models|ops|metrics|configs")
     models = kinds.add_parser("models", help="names for -m, with size and verification")
     models.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="e.g. 'convnext*' (default: all)")
     models.add_argument("--pretrained-only", action="store_true", help="only weights that timm can download, by tag")
@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(models)
     ops = kinds.add_parser("ops", help="attention operators and who runs them on this machine")
     add_json(ops)
+    scores = kinds.add_parser("metrics", help="comparisons of scanpaths for saccade gaze metrics")
+    add_json(scores)
     configs = kinds.add_parser("configs", help="shipped configs; the same as saccade config ls")
     add_list_arguments(configs)
 
@@ -43,7 +45,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     kinds: dict[str, Callable[[argparse.Namespace], None]]
-    kinds = {"models": list_models, "ops": list_operators, "configs": print_configs}
+    kinds = {"models": list_models, "ops": list_operators, "metrics": list_metrics, "configs": print_configs}
     kinds[args.kind](args)
     return 0
 
@@ -76,3 +78,17 @@ def list_operators(args: argparse.Namespace) -> None:
         print(json.dumps(rows, indent=1))
         return
     print("\n\n".join(f"{explanation}\n   = {summary}" for summary, explanation in found))
+
+
+def list_metrics(args: argparse.Namespace) -> None:
+    """Print the scanpath metrics: what they need, their parameters, where they come from."""
+    from saccade.gaze.metrics.registry import METRICS
+
+    if args.json:
+        keys = ("name", "columns", "best", "needs", "symmetric", "definition", "source")
+        print(json.dumps([{key: getattr(metric, key) for key in keys} for metric in METRICS], indent=1))
+        return
+    rows = [("NAME", "BEST", "NEEDS", "SOURCE", "DEFINITION")]
+    for metric in METRICS:
+        rows.append((metric.name, metric.best or "-", ", ".join(metric.needs) or "-", metric.source, metric.definition))
+    print("\n".join(table_lines(rows)))

@@ -416,6 +416,10 @@ class ScanpathSet:
         column = np.full(len(self), name, object)
         return replace(self, split=column)
 
+    def with_size(self, sizes: Floats) -> ScanpathSet:
+        """Return the same paths with image sizes ``(P, 2)`` in px."""
+        return replace(self, width=sizes[:, 0].copy(), height=sizes[:, 1].copy())
+
     def concatenate(self, *others: ScanpathSet) -> ScanpathSet:
         """Return one set of this one's paths and those of ``others``.
 
