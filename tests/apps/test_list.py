@@ -134,5 +134,5 @@ def test_configs_are_those_of_config_ls(capsys):
 
 def test_a_kind_is_required(capsys):
     assert main(["list"]) == 2
-    assert "models|ops|configs" in capsys.readouterr().err
+    assert "models|ops|metrics|configs" in capsys.readouterr().err
     assert importlib.import_module("saccade.apps.list_command").EXAMPLES
