@@ -133,10 +133,11 @@ class DiversityCollector:
         over layers of its official code (guoyongcs/TAPADL at commit 6e4dbff).
 
     Example:
-        >>> model = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=3)
+        >>> import timm
+        >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=3)
         >>> diversity = DiversityCollector(model)
         >>> with diversity:
-        ...     logits = model(torch.randn(2, 3, 224, 224))
+        ...     logits = model(torch.randn(2, 3, 64, 64))
         >>> loss = F.cross_entropy(logits, torch.tensor([0, 1])) + diversity.loss()
         >>> list(diversity.values)
         ['blocks.0.attn', 'blocks.1.attn']

@@ -69,6 +69,7 @@ def add_token_average_pooling(model: nn.Module, num_scales: int = 4) -> None:
         ConfigError: If the model or a block is of another class, drops patches at random, or has the layer already.
 
     Example:
+        >>> import timm
         >>> model = timm.create_model("vit_tiny_patch16_224", depth=2, dynamic_img_size=True)
         >>> add_token_average_pooling(model)
         >>> model(torch.randn(2, 3, 96, 64)).shape

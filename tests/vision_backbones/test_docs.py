@@ -13,10 +13,11 @@ import saccade.vision_backbones
 from tests.attention.test_docs import check
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-PAGES = [*sorted(DOCS.glob("backbones*.md")), DOCS / "robustness.md"]
+PAGES = [*sorted(DOCS.glob("backbones*.md")), DOCS / "robust.md", DOCS / "robustness.md"]
 MODULES = [
     module.name for module in pkgutil.iter_modules(saccade.vision_backbones.__path__, "saccade.vision_backbones.")
 ]
+EXAMPLES = ("overlock", "biformer", "diversity", "token_pooling")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -25,7 +26,7 @@ def test_page(page):
     assert check(doctest.DocTestParser().get_doctest("\n".join(blocks), {}, page.name, str(page), 0)) > 2
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if "overlock" in name or "biformer" in name])
+@pytest.mark.parametrize("module", [name for name in MODULES if name.rpartition(".")[2].startswith(EXAMPLES)])
 def test_docstrings(module):
 
     for test in doctest.DocTestFinder().find(importlib.import_module(module), extraglobs={"torch": torch}):
