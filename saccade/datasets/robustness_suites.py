@@ -99,6 +99,11 @@ class Suite:
             for name in list_files(part.folder / folder, folder, self.extensions)
         ]
 
+    @property
+    def has_all_of_imagenet(self) -> bool:
+        """Whether the classes that compete are ImageNet's thousand, so that AlexNet's errors on them apply."""
+        return set(self.class_folders) == set(imagenet_classes())
+
     def size(self, part: Part) -> int:
         """Return the number of files of a part."""
         return sum(self.counts[part.id])
@@ -181,9 +186,11 @@ def find_suite(
     present = {entry for part in parts for entry in subfolders(part.folder)}
     left_out = tuple(sorted(present - folders.keys()))
     if name == "corruptions" and (left_out or not present):
+        split = next((word for word in ("test", "val") if word in left_out), None)
+        hint = f" Did you mean {roots[0] / split}?" if split is not None else ""
         raise ConfigError(
             f"{roots[0]} must hold a folder for each class. Not among the model's classes: "
-            f"{listed(left_out) or 'no folder at all'}. Its classes: {listed(classes)}."
+            f"{listed(left_out) or 'no folder at all'}.{hint} Its classes: {listed(classes)}."
         )
     # A folder of one's own may lack a class; labels go by name all the same.
     check_complete(
@@ -320,11 +327,15 @@ def subfolders(folder: Path) -> list[str]:
 
 
 def list_files(folder: Path, prefix: str, extensions: frozenset[str]) -> Iterator[str]:
-    """Yield the names of the files in a folder, sorted, behind ``prefix/``; nothing if there is no such folder."""
+    """Yield the names of the files in a folder and below, sorted, behind ``prefix/``; none if there is no folder."""
     if not folder.is_dir():
         return
-    with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if not entry.name.startswith(".")]
-    for name in sorted(names):
-        if os.path.splitext(name)[1].lower() in extensions:  # noqa: PTH122 - millions of names
+    with os.scandir(folder) as found:
+        entries = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in found)
+    for name, is_folder in entries:
+        if name.startswith("."):
+            continue
+        if is_folder:
+            yield from list_files(folder / name, f"{prefix}/{name}", extensions)
+        elif os.path.splitext(name)[1].lower() in extensions:  # noqa: PTH122 - millions of names
             yield f"{prefix}/{name}"

@@ -124,6 +124,8 @@ def evaluate_robustness(
         clean=Path(clean) if clean is not None else None,
     )
     settings = prepared.settings | {"suite": suite, "classes": len(found.columns)}
+    if suite in ("imagenet-c", "corruptions"):
+        settings["all_of_imagenet"] = found.has_all_of_imagenet
     if suite == "imagenet-p":
         settings["difficulty"] = difficulty
     if suite == "corruptions":
@@ -231,7 +233,7 @@ def evaluate(run: Run, prepared: PreparedModel, suite: Suite, difficulty: int) -
             seed=options.seed,
             least_frames=difficulty + 1,
         )
-        tally = Tally()
+        tally, bad = Tally(), 0
         for files in batches:
             item = pending[files.part.id]
             for slot, error in files.batch.errors.items():
@@ -245,7 +247,10 @@ def evaluate(run: Run, prepared: PreparedModel, suite: Suite, difficulty: int) -
             tally.seconds += files.batch.seconds * len(files.samples)
             if files.is_last:
                 record(run, item, files.part, tally)
+                bad += len(tally.bad)
                 tally = Tally()
+        if bad:
+            run.reporter.say(f"{bad:,} files could not be read; they count in no figure")
 
 
 def note_bad_file(run: Run, item: Item, tally: Tally, message: str) -> None:

@@ -71,7 +71,7 @@ class Report:
         self.settings = settings
         self.rows = rows
         self.reference = reference
-        self.alexnet = settings["classes"] == 1000  # of ImageNet: AlexNet's errors apply
+        self.alexnet = settings.get("all_of_imagenet", False)  # AlexNet's errors apply
         self.clean = next((top1(row) for row in rows if row["kind"] == "clean"), None)
         self.accuracy: dict[str, dict[int, float]] = {}
         for name in CORRUPTIONS:

@@ -57,6 +57,7 @@ def test_columns_of_the_subsets(tmp_path, whole, name, count):
     assert list(suite.columns) == expected
     (part,) = suite.parts
     files_found = suite.files(part)
+    assert suite.has_all_of_imagenet == (count == 1000)
     assert len(files_found) == suite.size(part) == count
     assert all(whole[suite.columns[label]] == path.parent.name for path, label in files_found)
 
@@ -74,6 +75,7 @@ def test_a_model_of_some_classes_in_its_own_order(tmp_path, whole):
     suite = find_suite("imagenet-sketch", [tmp_path], classes=classes)
     labels = {path.parent.name: suite.columns[label] for path, label in suite.files(suite.parts[0])}
     assert labels == {"n01514668": 0, "n01440764": 1, "n01443537": 2}
+    assert not suite.has_all_of_imagenet
     assert len(suite.left_out) == 27
 
 
@@ -146,6 +148,21 @@ def test_a_folder_of_ones_own_to_corrupt(tmp_path):
     labels = {path.parent.name: suite.columns[label] for path, label in suite.files(suite.parts[7])}
     assert labels == {"rose": 0, "daisy": 2}
     with pytest.raises(ConfigError, match="Not among the model's classes: daisy"):
+        find_suite("corruptions", [tmp_path], classes=["rose", "tulip"])
+
+
+def test_files_deeper_in_a_class_folder_count(tmp_path):
+    touch(tmp_path / "rose", ["garden", "wild"], 2)
+    touch(tmp_path, ["tulip", "rose/.cache"], 1)
+    (tmp_path / "rose/wild/round").symlink_to(tmp_path / "rose")
+    suite = find_suite("corruptions", [tmp_path], classes=["rose", "tulip"])
+    names = [path.relative_to(tmp_path).as_posix() for path, _ in suite.files(suite.parts[0])]
+    assert names == [*(f"rose/{place}/{i}.JPEG" for place in ("garden", "wild") for i in (0, 1)), "tulip/0.JPEG"]
+
+
+def test_the_folder_above_the_splits_is_not_the_one_meant(tmp_path):
+    touch(tmp_path, ["train", "test"])
+    with pytest.raises(ConfigError, match=rf"classes: test, train\. Did you mean {tmp_path}/test\?"):
         find_suite("corruptions", [tmp_path], classes=["rose", "tulip"])
 
 

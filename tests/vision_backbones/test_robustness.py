@@ -85,6 +85,7 @@ def test_imagenet_c_from_the_files_as_they_are(trees, network, tmp_path):
         expected = 100 * sum(correct[name] for name in names) / (5 * len(names) * len(WNIDS))
         assert got.metrics[f"{group}_top1_percent"] == pytest.approx(expected)
     assert "mCE_percent" not in got.metrics, "AlexNet's errors are those of a thousand classes"
+    assert json.loads((tmp_path / "metrics.json").read_text())["all_of_imagenet"] is False
 
 
 def test_corruptions_on_the_fly_are_those_of_corrupt_behind_the_usual_crop(trees, network, tmp_path):

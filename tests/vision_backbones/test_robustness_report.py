@@ -9,6 +9,7 @@ from saccade.vision_backbones.robustness_metrics import ALEXNET_ERRORS
 from saccade.vision_backbones.robustness_report import Report, read_reference, write_report
 
 FILES = 50_000
+IMAGENET = {"classes": 1000, "all_of_imagenet": True}
 
 
 def row(kind, severity, errors):
@@ -30,7 +31,7 @@ def alexnet_rows():
 
 
 def test_alexnet_from_counts_to_paper(tmp_path):
-    report = Report("imagenet-c", "alex_net", {"classes": 1000}, alexnet_rows())
+    report = Report("imagenet-c", "alex_net", IMAGENET, alexnet_rows())
     write_report(report, tmp_path)
     written = json.loads((tmp_path / "metrics.json").read_text())
     assert written["metrics"]["mCE_percent"] == pytest.approx(100)
@@ -52,7 +53,7 @@ def test_alexnet_from_counts_to_paper(tmp_path):
 
 
 def test_what_was_made_on_the_fly_says_so_in_every_name_of_mce(tmp_path):
-    report = Report("corruptions", "m", {"classes": 1000}, alexnet_rows())
+    report = Report("corruptions", "m", IMAGENET, alexnet_rows())
     assert report.metrics["mCE_recreated_percent"] == pytest.approx(100)
     assert "mCE_percent" not in report.metrics
     assert "relative_mCE_recreated_percent" in report.metrics
@@ -70,7 +71,7 @@ def test_every_suite_gets_a_table_and_a_plot(tmp_path, suite):
         "imagenet-p": [{"kind": k, "severity": 0, "files": 9, "bad_files": 0, **values} for k in PERTURBATIONS],
         "imagenet-c": [row("fog", 3, 0.25)],
     }[suite]
-    report = Report(suite, "m", {"classes": 1000}, rows)
+    report = Report(suite, "m", IMAGENET, rows)
     write_report(report, tmp_path)
     expected = {
         "imagenet-a": "| m | 60.0 | 60.0 |",
