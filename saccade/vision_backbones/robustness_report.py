@@ -188,8 +188,8 @@ def short(name: str) -> str:
 def metric_heading(name: str) -> str:
     """Return a heading for a metric: its name in words, with the unit."""
     words = name.removesuffix("_percent").replace("_", " ").replace("mCE recreated", "mCE (recreated)")
-    for plain, written in (("imagenet ", "ImageNet-"), ("top1", "top-1"), ("top5", "top-5")):
-        words = words.replace(plain, written)
+    words = re.sub(r"imagenet (\w+)", lambda match: f"ImageNet-{match[1].capitalize()}", words)
+    words = re.sub(r"top([15])", r"top-\1", words)
     heading = words if re.match(r"m[A-Z]", words) else words[0].upper() + words[1:]
     return heading + (" (%)" if name.endswith("_percent") else "")
 
@@ -355,7 +355,8 @@ def draw_bars(report: Report) -> Figure:
     axes = figure.add_subplot()
     drawn = axes.barh([name for name, _ in bars][::-1], [value for _, value in bars][::-1], color="C0")
     axes.bar_label(drawn, fmt="%.1f", padding=3, fontsize=8)
-    axes.set_xlim(0, 110)
+    axes.set_xlim(0, 110 if "accuracy" in label else None)
+    axes.margins(x=0.12)
     axes.set_xlabel(label)
     axes.set_title(f"{report.model}, {report.suite}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)

@@ -78,7 +78,9 @@ def test_every_suite_gets_a_table_and_a_plot(tmp_path, suite):
         "imagenet-p": "| m | 5.0 | 1.0 | 0.1 | " + " | ".join(["5.0"] * 10) + " |",
         "imagenet-c": "| m | 75.0 | 75.0 |",
     }[suite]
-    assert (tmp_path / "table.md").read_text().splitlines()[2] == expected
+    head, _, cells, *_ = (tmp_path / "table.md").read_text().splitlines()
+    assert cells == expected
+    assert "ImageNet-A top-1 (%)" in head or suite != "imagenet-a"
     with Image.open(tmp_path / "plot.png") as plot:
         assert plot.width > 500
 
