@@ -1,0 +1,160 @@
+"""ACT, attention calibration: tokens that draw too much attention, the first apart, give most of it to the others.
+
+Yu et al., "Unveiling and Harnessing Hidden Attention Sinks", ICML 2024 (arXiv:2406.15765); official code GATECH-EIC/ACT at
+a267af7 (Apache-2.0). A method for text models; prompts need no image.
+
+In chosen heads, with c_j the mean weight that key j gets from the queries that can see it,
+
+    I  = {j : c_j > threshold} without its first element,   class 1 = I, class 0 = the rest
+    O' = beta O_1 + (1 + (1 - beta) m_1 / m_0) O_0
+
+Every row of the prompt is changed, by means that later rows enter into, so a layer's prompt is read twice. Our extension to
+decoding, which the code does not define: the sums behind c_j go on over generated rows, and only the new row is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from saccade.attention import attention_statistics
+from saccade.errors import ConfigError
+from saccade.vlm.call import AttentionCall
+from saccade.vlm.edits import ClassEdit
+from saccade.vlm.intervention import check_layers
+from saccade.vlm.model_facts import ModelFacts
+from saccade.vlm.prompt import Prompt
+
+__all__ = ["ACT", "act_gain", "excess_tokens"]
+
+
+@dataclass(frozen=True)
+class ACT:
+    """Parameters of attention calibration.
+
+    Args:
+        heads: Heads to change, by layer; published lists exist for two models, and calibration finds them for others.
+        beta: Share of their weight that tokens of I keep.
+        threshold: Mean attention above which a token is one of I; ``None`` means ``relative_threshold / N``.
+        relative_threshold: The paper's form, N being the tokens so far.
+    """
+
+    heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    beta: float = 0.4
+    threshold: float | None = None
+    relative_threshold: float = 5.0
+    name = "act"
+
+    @classmethod
+    def presets(cls) -> dict[str, Self]:
+        """Return the settings of the paper and of the released code; both lack the heads."""
+        return {"paper": cls(), "released_code": cls(threshold=0.1)}
+
+    def start(self, facts: ModelFacts, tokenizer: Any) -> ACTEdit:  # noqa: ANN401
+        """Return the method at work on a model; see :class:`saccade.vlm.Intervention`."""
+        layers = check_layers("ACT", "the layers of heads", self.heads, facts)
+        wrong = {head for heads in self.heads.values() for head in heads if not 0 <= head < facts.num_heads}
+        if wrong:
+            raise ConfigError(f"ACT: heads must be in 0..{facts.num_heads - 1}; got {sorted(wrong)}.")
+        return ACTEdit(self, facts, layers)
+
+
+class ACTEdit(ClassEdit):
+    """ACT at work; ``stats`` has ``excess`` ``(B, H, S)``, the tokens of I at the last call of a layer."""
+
+    num_classes = 2
+    needs_image = False
+    whole_prompt = True
+    reorderable = False
+
+    def __init__(self, act: ACT, facts: ModelFacts, layers: frozenset[int]) -> None:
+        super().__init__("ACT", facts, layers)
+        self.act = act
+
+    @property
+    def observed_layers(self) -> frozenset[int]:
+        """All of its layers: the means are over every row."""
+        return self.layers
+
+    def prepare(self, prompt: Prompt) -> None:
+        """Start with no row counted."""
+        super().prepare(prompt)
+        self.valid = prompt.valid
+        self.sums: dict[int, Tensor] = {}
+        self.seen: dict[int, Tensor] = {}
+
+    def first_row(self, prompt: Prompt) -> list[int]:
+        """Change every row."""
+        return [0] * prompt.batch
+
+    def observe(self, call: AttentionCall) -> None:
+        """Add the weights of the rows of a call to the sums."""
+        if call.first_key != 0:
+            raise ConfigError("ACT counts attention to every token, which layers with a sliding window do not give.")
+        mask, start = call.mask, call.position
+        rows = torch.nn.functional.pad(self.valid, (0, call.keys), value=True)[:, start : start + call.queries]
+        rows = rows.to(call.query.device)
+        if call.queries > 1:  # rows of padding do not count
+            own = rows[:, None, :, None]
+            mask = own if mask is None else mask & own
+        found = attention_statistics(call.query, call.key, mask=mask, causal=call.causal, scale=call.scale)
+        sums = found.key_mass * call.queries  # (B, H, S)
+        seen = rows_that_see(rows, mask, call)
+        if start > 0 and call.layer in self.sums:
+            grown = (0, call.keys - self.sums[call.layer].shape[-1])
+            sums = sums + torch.nn.functional.pad(self.sums[call.layer], grown)
+            seen = seen + torch.nn.functional.pad(self.seen[call.layer], grown)
+        self.sums[call.layer], self.seen[call.layer] = sums, seen
+
+    def key_class(self, call: AttentionCall) -> Tensor:
+        """Return 1 for the tokens of I in the chosen heads, else 0."""
+        mean = self.sums[call.layer] / self.seen[call.layer].clamp(min=1)
+        threshold = self.act.threshold
+        count = self.seen[call.layer].amax(-1, keepdim=True)  # tokens so far: the first is seen by all
+        limit = self.act.relative_threshold / count.clamp(min=1) if threshold is None else threshold
+        excess = excess_tokens(mean, limit)
+        chosen = torch.zeros(mean.shape[1], dtype=torch.bool, device=mean.device)
+        chosen[list(self.act.heads[call.layer])] = True
+        excess &= chosen[:, None]
+        self.record("excess", call.layer, excess)
+        return excess.long()
+
+    def gain(self, layer: int, mass: Tensor) -> Tensor:
+        """Scale the tokens of I down, the others up."""
+        return act_gain(mass, self.act.beta)
+
+
+def rows_that_see(rows: Tensor, mask: Tensor | None, call: AttentionCall) -> Tensor:
+    """Return how many of the rows of a call see each key, ``(B, 1, S)``."""
+    seeing = rows[:, None, :, None].expand(-1, -1, -1, call.keys)
+    if mask is not None:
+        seeing = seeing & mask
+    if call.causal:
+        columns = torch.arange(call.keys, device=rows.device)
+        seeing = seeing & (columns <= call.query_columns()[:, None])
+    return seeing.sum(2)
+
+
+def excess_tokens(mean: Tensor, limit: Tensor | float) -> Tensor:
+    """Return the tokens with too much attention, without the first of each head.
+
+    Args:
+        mean: ``c_j``, ``(B, H, S)``.
+        limit: Threshold, a number or broadcastable to it.
+
+    Returns:
+        Bool ``(B, H, S)``.
+    """
+    above = mean > limit
+    return above & (above.cumsum(-1) > 1)
+
+
+def act_gain(mass: Tensor, beta: float) -> Tensor:
+    """Return the factors ``(1 + (1 - beta) m_1 / m_0, beta)`` of ``(B, H, 2, R)`` masses."""
+    tiny = torch.finfo(mass.dtype).tiny
+    raised = 1 + (1 - beta) * mass[:, :, 1] / mass[:, :, 0].clamp(min=tiny)
+    return torch.stack([raised, torch.full_like(raised, beta)], 2)
