@@ -28,7 +28,7 @@ class AttentionCall:
         position: Place of the first query in the sequence, padding counted; ``None`` inside a compiled step, where it
             is known that the query is a generated token.
         first_key: Place of the first key: 0, or where a sliding window begins. A tensor in a compiled step.
-        own_columns: Column of each query's own key, ``(L,)``; ``None`` if the queries are consecutive from ``position``.
+        own_columns: Column of each query's own key, ``(L,)``; ``None`` if queries are consecutive from ``position``.
     """
 
     layer: int

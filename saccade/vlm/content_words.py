@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,18 +15,18 @@ from saccade.vlm.prompt import Prompt
 
 __all__ = ["FUNCTION_WORDS", "content_mask", "question_mask", "token_pieces"]
 
-FUNCTION_WORDS = frozenset(
-    """
+WORDS = """
     a an the this that these those some any each every either neither no all both such what which whose who whom where
     when why how there here i you he she it we they me him her us them my your his its our their mine yours hers ours
     theirs myself yourself himself herself itself ourselves yourselves themselves one ones anything something nothing
     anyone someone everyone everything and or but nor so yet if then than as because while although though unless until
     since whether of in on at by for with about against between among into through during before after above below to
     from up down out off over under again further near beside behind be am is are was were been being do does did doing
-    have has had having can could will would shall should may might must not n't 's 're 've 'll 'd 'm s t please just
-    only very too also even still
-    """.split()
-)
+    have has had having can could will would shall should may might must not isn't aren't wasn't weren't don't doesn't
+    didn't can't couldn't won't wouldn't shouldn't it's that's there's what's who's i'm you're please just only very too
+    also even still
+"""
+FUNCTION_WORDS = frozenset(WORDS.split())
 
 SENTINEL = "saccadequestion"
 
@@ -62,7 +64,7 @@ def question_mask(prompt: Prompt, tokenizer: Any) -> Tensor:  # noqa: ANN401
 
 
 def template_suffix(tokenizer: Any) -> str:  # noqa: ANN401
-    """Return the text, without special tokens, that a chat template puts behind the user's words; ``""`` without one."""
+    """Return the text, without special tokens, that a chat template puts behind the user's words, or ``""``."""
     if not tokenizer.chat_template:
         return ""
     turn = [{"role": "user", "content": SENTINEL}]
@@ -86,7 +88,8 @@ def token_pieces(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[tuple[in
     for stop in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         lengths.append(max(len(text), lengths[-1]))
-    return text, list(zip(lengths, lengths[1:], strict=False))
+    # A token that adds nothing completes a character whose first byte the token before it was.
+    return text, [(start if stop > start else stop - 1, stop) for start, stop in itertools.pairwise(lengths)]
 
 
 def content_mask(
@@ -136,9 +139,9 @@ def content_mask(
 
 def open_class_words(text: str, ranges: list[tuple[int, int]]) -> list[bool]:
     """Return for each token whether it is part of a word that is no English function word, or of a number."""
-    import re
-
-    found = [m.span() for m in re.finditer(r"[^\W_]+(?:['\u2019-][^\W_]+)*", text) if m.group().lower() not in FUNCTION_WORDS]
+    found = [
+        m.span() for m in re.finditer(r"[^\W_]+(?:['\u2019-][^\W_]+)*", text) if m.group().lower() not in FUNCTION_WORDS
+    ]
     return overlapping(found, ranges)
 
 

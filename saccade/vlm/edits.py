@@ -4,8 +4,8 @@ Every intervention of this package changes weights ``a_j`` of a query in one of 
 
 1. :class:`LogitEdit`: scores of a key are multiplied before the softmax, ``l'_j = f_j l_j`` (PAI, VAF).
 2. :class:`ClassEdit`: weights of a class of keys are multiplied by a function of the masses (VAR, GIFT, ACT).
-   With ``m_c`` the mass and ``O_c`` the output of class ``c``, ``O' = sum_c g_c O_c``, over ``sum_c g_c m_c`` if the row
-   is renormalised. Several are applied one after the other: their classes are intersected, and each sees the masses
+   With ``m_c`` the mass and ``O_c`` the output of class ``c``, ``O' = sum_c g_c O_c``, over ``sum_c g_c m_c`` if the
+   row is renormalised. Several are applied one after the other: their classes are intersected, and each sees the masses
    that those before it left.
 3. :class:`HeadEdit`: the output of a head is multiplied (VHR).
 """
@@ -40,6 +40,8 @@ class Edit:
     needs_image = True  # prompts without a visual token are an error
     needs_layer_input = False  # `layer_input` is called
     whole_prompt = False  # the prompt must arrive in one piece (no chunked prefill)
+    needs_cache = False  # the prompt must not be run again for every token (`use_cache=False`)
+    compiles = True  # a decoding step may be traced by torch.compile
     reorderable = True  # state is about the prompt only, so beams may be re-ordered
 
     def __init__(self, name: str, facts: ModelFacts, layers: frozenset[int]) -> None:
@@ -212,7 +214,8 @@ def class_attention(call: AttentionCall, edits: Sequence[ClassEdit], active: Seq
             key_log_weight=edit.log_weight(call),
             weighted_class=edit.weighted_class,
         )
-        assert parts.weighted_out is not None and parts.weighted_mass is not None
+        assert parts.weighted_out is not None
+        assert parts.weighted_mass is not None
         out = torch.cat([parts.class_out, parts.weighted_out.unsqueeze(2)], 2)
         mass = torch.cat([parts.class_mass, parts.weighted_mass.unsqueeze(2)], 2)
     gain = edit.gain(call.layer, mass)
@@ -238,9 +241,8 @@ def composed_attention(call: AttentionCall, edits: Sequence[ClassEdit], active: 
         [] if weighting is None else [j for j in range(total) if own[j][weighting] == edits[weighting].weighted_class]
     )
     log_weight = None if weighting is None else edits[weighting].log_weight(call)
-    results = [
-        call.partitioned(labels, total, key_log_weight=log_weight, weighted_class=copy) for copy in copies or [None]
-    ]
+    weighed: list[int | None] = [*copies] or [None]
+    results = [call.partitioned(labels, total, key_log_weight=log_weight, weighted_class=copy) for copy in weighed]
     # Parts: the intersections, then weighted copies of those that belong to the weighted class.
     weighted = [(r.weighted_out, r.weighted_mass) for r in results]
     out = torch.cat([results[0].class_out, *(o.unsqueeze(2) for o, _ in weighted if o is not None)], 2)
@@ -282,5 +284,6 @@ def joint_classes(labels: Sequence[Tensor], counts: Sequence[int]) -> tuple[Tens
         label = label.unsqueeze(1) if per_head and label.ndim == 2 else label
         joint = label if joint is None else joint * count + label
         excluded = label < 0 if excluded is None else excluded | (label < 0)
-    assert joint is not None and excluded is not None
+    assert joint is not None
+    assert excluded is not None
     return joint.masked_fill(excluded, -1), list(itertools.product(*(range(count) for count in counts)))

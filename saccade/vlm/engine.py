@@ -4,11 +4,11 @@ While an :class:`Engine` is installed
 
 - every attention layer of the decoder calls :func:`intervened_attention`, registered with transformers under
   ``ATTENTION_NAME``; rows that no edit changes go through the same kernel as before;
-- the decoder's pre-hook finds out which tokens of the sequence a call is about, and runs the extra passes that edits ask
-  for (the prompt without its image; all of the prompt but its last token);
+- the decoder's pre-hook finds out which tokens of the sequence a call is about, and runs the extra passes that edits
+  ask for (the prompt without its image; all of the prompt but its last token);
 - layers' pre-hooks hand the layer input to edits that read it;
-- ``generate`` is wrapped, so that the prompt is known before the model cuts it into pieces, and so that the state of one
-  call ends with it.
+- ``generate`` is wrapped, so that the prompt is known before the model cuts it into pieces, and so that the state of
+  one call ends with it.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from saccade.errors import ConfigError
-from saccade.vlm.call import AttentionCall
-from saccade.vlm.edits import ClassEdit, Edit, HeadEdit, LogitEdit, edited_attention
+from saccade.vlm.attention_function import apply_edits, describe_call, intervened_attention, plain
+from saccade.vlm.edits import ClassEdit, Edit, HeadEdit, LogitEdit
 from saccade.vlm.prompt import Prompt, make_prompt
-from saccade.vlm.stack_calls import first_part, last_part, text_only_part
+from saccade.vlm.stack_calls import CACHE_NAMES, first_part, last_part, text_only_part, uncached
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from saccade.vlm.model_facts import ModelFacts
 
-__all__ = ["ATTENTION_NAME", "Engine", "intervened_attention"]
+__all__ = ["ATTENTION_NAME", "Engine"]
 
 ATTENTION_NAME = "saccade_intervention"
 EDIT, OBSERVE, TEXT_ONLY = "edit", "observe", "text_only"  # what the decoder is being run for
@@ -58,6 +58,7 @@ class Engine:
         self.by_layer: dict[int, list[Edit]] = {}
         self.fired: dict[Edit, set[int]] = {}
         self.handles: list[Any] = []
+        self.compiles = True
         self.purpose = EDIT
         self.in_generate = False
         self.pending: Prompt | None = None  # known to the caller, not yet expanded to the batch of the decoder
@@ -66,7 +67,8 @@ class Engine:
         self.cached: int | Tensor = 0  # tokens before this call, as the cache counts them in a compiled step
         self.inside = False  # a call of the decoder that another one makes
         self.first_output: Tensor | None = None
-        self.checked_masks: dict[int, tuple[Tensor, bool]] = {}
+        self.caches = True  # the caller of a divided call gave a cache
+        self.checked_masks: dict[tuple[int, ...], tuple[Tensor, bool]] = {}
         self.previous_attention = ""
 
     # Installation
@@ -81,7 +83,7 @@ class Engine:
         self.previous_attention = self.facts.text_config._attn_implementation
         self.set_attention(ATTENTION_NAME)
         for module in self.facts.attentions:
-            module.saccade_engine = self
+            vars(module)["saccade_engine"] = self
         hooks = self.handles
         hooks.append(self.model.register_forward_pre_hook(self.before_model, with_kwargs=True))
         hooks.append(self.facts.stack.register_forward_pre_hook(self.before_stack, with_kwargs=True))
@@ -89,21 +91,23 @@ class Engine:
         for index, layer in enumerate(self.facts.layers):
             hook = functools.partial(self.before_layer, index)
             hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-        self.model.generate = self.wrapped_generate(self.model.generate)  # type: ignore[method-assign]
+        generate: Any = self.model.generate
+        vars(self.model)["generate"] = self.wrapped_generate(generate)
 
     def remove(self) -> None:
         """Leave the model as it was."""
         self.set_attention(self.previous_attention)
         for module in self.facts.attentions:
-            del module.saccade_engine
+            del vars(module)["saccade_engine"]
         for handle in self.handles:
             handle.remove()
-        del self.model.generate
+        del vars(self.model)["generate"]
         self.end_prompt()
 
     def set_attention(self, name: str) -> None:
         """Choose the attention function of the decoder, and of it alone."""
-        for config in {id(m.config): m.config for m in (*self.facts.attentions, self.facts.stack)}.values():
+        modules: list[Any] = [*self.facts.attentions, self.facts.stack]
+        for config in {id(module.config): module.config for module in modules}.values():
             config._attn_implementation = name
 
     def set_edits(self, edits: Sequence[Edit]) -> None:
@@ -117,8 +121,13 @@ class Engine:
             layer: [edit for edit in self.edits if layer in edit.layers or layer in edit.observed_layers]
             for layer in range(self.facts.num_layers)
         }
+        self.compiles = all(edit.compiles for edit in self.edits)
         self.fired = {edit: self.fired.get(edit, set()) for edit in self.edits}
         self.end_prompt()
+
+    def traced(self) -> bool:
+        """Return whether torch.compile is tracing a call that all edits can be traced in."""
+        return torch.compiler.is_compiling() and self.compiles
 
     # Calls of the model
 
@@ -162,6 +171,8 @@ class Engine:
                 raise ConfigError(
                     f"{edit.name} must see the prompt in one piece; call generate without prefill_chunk_size."
                 )
+            if kwargs.get("use_cache", config.use_cache) is False and edit.needs_cache:
+                raise ConfigError(f"{edit.name} counts every token once; call generate with use_cache=True.")
             if (beams > 1 or assisted) and not edit.reorderable:
                 raise ConfigError(
                     f"{edit.name} keeps figures about generated tokens, which beams and assisted generation re-order "
@@ -192,13 +203,14 @@ class Engine:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Find out which tokens a call is about, and run extra passes."""
-        tokens = kwargs.get("inputs_embeds")
+        tokens: Any = kwargs.get("inputs_embeds")
         if tokens is None:
-            tokens = kwargs.get("input_ids", args[0] if args else None)
-        if torch.compiler.is_compiling() and tokens.shape[1] == 1:
+            tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
+        if self.traced() and tokens.shape[1] == 1:
             self.cached = cache_length(kwargs)
             return None
-        return self.begin(args, kwargs, tokens)
+        changed: tuple[tuple[Any, ...], dict[str, Any]] | None = self.begin(args, kwargs, tokens)
+        return changed
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def begin(
@@ -263,15 +275,15 @@ class Engine:
                 return None
             first, cache = first_part(kwargs, self.facts.stack, start, self.position)
             self.first_output = self.run_inside(first, EDIT)
+            self.caches = any(kwargs.get(name) is not None for name in CACHE_NAMES)
             self.checked_masks = {}
             self.cached = self.position
-            return (), last_part(kwargs, cache, start, self.prompt)
+            return (), last_part(kwargs, self.facts.stack, cache, start, self.prompt)
         if self.position > 0:
             raise ConfigError(
                 f"{self.facts.name} needs two passes over the prompt here; call generate without prefill_chunk_size."
             )
-        whole = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
-        self.run_inside({**whole, "use_cache": False}, OBSERVE)
+        self.run_inside(uncached(kwargs, tokens.shape[1]), OBSERVE)
         return None
 
     def run_inside(self, kwargs: dict[str, Any], purpose: str) -> Tensor:
@@ -285,31 +297,42 @@ class Engine:
 
     def after_stack(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:  # noqa: ANN401
         """Put the parts of a divided call together, and count."""
-        if torch.compiler.is_compiling() or self.purpose != EDIT:
+        if self.traced() or self.purpose != EDIT:
             return output
+        return self.finish(output)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def finish(self, output: Any) -> Any:  # noqa: ANN401
+        """Do what :meth:`after_stack` does outside of compiled steps."""
         self.position += output.last_hidden_state.shape[1]
         if not self.inside and self.first_output is not None:
-            output["last_hidden_state"] = torch.cat([self.first_output, output.last_hidden_state], 1)
+            whole = torch.cat([self.first_output, output.last_hidden_state], 1)
+            kept = {name: value for name, value in output.items() if self.caches or name not in CACHE_NAMES}
             self.first_output = None
+            return type(output)(**{**kept, "last_hidden_state": whole})
         return output
 
     def before_layer(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hand the layer input to edits that read it, while it belongs to the prompt."""
-        if torch.compiler.is_compiling() or self.purpose != EDIT or self.prompt is None:
-            return
-        if self.position >= self.prompt.length:
-            return
         hidden = args[0] if args else kwargs["hidden_states"]
+        if self.purpose == EDIT and not (self.traced() and hidden.shape[1] == 1):
+            self.hand_over(index, hidden)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def hand_over(self, index: int, hidden: Tensor) -> None:
+        """Do what :meth:`before_layer` does for a call that is about the prompt."""
+        if self.prompt is None or self.position >= self.prompt.length:
+            return
         hidden = hidden[:, : self.prompt.length - self.position]
         for edit in self.by_layer[index]:
-            if edit.needs_layer_input and index in edit.layers:
+            if edit.needs_layer_input:
                 edit.layer_input(index, hidden, self.position)
 
     # Calls of attention
 
     def attend(
         self,
-        module: nn.Module,
+        module: Any,  # noqa: ANN401 - an attention module of transformers
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -321,10 +344,12 @@ class Engine:
         edits = self.by_layer[layer]
         if not edits:
             return plain(module, query, key, value, mask, options)
-        if torch.compiler.is_compiling() and query.shape[2] == 1:
-            call = self.describe(module, layer, query, key, value, mask, options)
-            return self.edited(call, [edit for edit in edits if layer in edit.layers], module, mask, options)
-        return self.attend_eagerly(module, layer, query, key, value, mask, options)
+        if self.traced() and query.shape[2] == 1:
+            call = describe_call(self.facts, layer, module, query, key, value, mask, options, None, self.cached)
+            acting = [edit for edit in edits if layer in edit.layers]
+            return apply_edits(call, acting, None, {}, lambda: plain(module, query, key, value, mask, options))
+        out: Tensor = self.attend_eagerly(module, layer, query, key, value, mask, options)
+        return out
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def attend_eagerly(
@@ -347,7 +372,7 @@ class Engine:
                 if layer in edit.layers:
                     edit.observe_text_only(layer, out[:, -1])
             return out
-        call = self.describe(module, layer, query, key, value, mask, options)
+        call = describe_call(self.facts, layer, module, query, key, value, mask, options, self.position, self.cached)
         for edit in edits:
             if layer in edit.observed_layers:
                 edit.observe(call)
@@ -356,103 +381,9 @@ class Engine:
         acting = [edit for edit in edits if layer in edit.layers]
         for edit in acting:
             self.fired[edit].add(layer)
-        return self.edited(call, acting, module, mask, options)
-
-    def describe(
-        self,
-        module: nn.Module,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        options: dict[str, Any],
-    ) -> AttentionCall:
-        """Say which tokens the queries and keys of a call are."""
-        compiling = torch.compiler.is_compiling()
-        queries, keys = query.shape[2], key.shape[2]
-        is_causal = options.get("is_causal")
-        causal = queries > 1 and mask is None and bool(vars(module).get("is_causal", True) if is_causal is None else is_causal)
-        first_key: int | Tensor = 0
-        if causal and keys > queries:  # an empty static cache: what lies behind the queries is not filled yet
-            key, value = key[:, :, :queries], value[:, :, :queries]
-        elif self.facts.sliding(layer):
-            before = self.cached + queries - keys
-            first_key = max(before, 0) if isinstance(before, int) else before.clamp(min=0)
-        scale = options.get("scaling")
-        call = AttentionCall(
-            layer=layer,
-            query=query,
-            key=key,
-            value=value,
-            mask=mask,
-            causal=causal,
-            scale=query.shape[-1] ** -0.5 if scale is None else scale,
-            position=None if compiling else self.position,
-            first_key=first_key,
+        return apply_edits(
+            call, acting, self.prompt, self.checked_masks, lambda: plain(module, query, key, value, mask, options)
         )
-        return call
-
-    def edited(
-        self,
-        call: AttentionCall,
-        edits: list[Edit],
-        module: nn.Module,
-        mask: Tensor | None,
-        options: dict[str, Any],
-    ) -> Tensor:
-        """Return the attention of a call under the edits of its layer, ``(B, L, H, Dv)``."""
-        if not edits:
-            return plain(module, call.query, call.key, call.value, mask, options)
-        logit_edits = [edit for edit in edits if isinstance(edit, LogitEdit)]
-        class_edits = [edit for edit in edits if isinstance(edit, ClassEdit)]
-        head_edits = [edit for edit in edits if isinstance(edit, HeadEdit)]
-        row_edits: list[Edit] = [*logit_edits, *class_edits]
-        starts = [self.rows_from(edit, call) for edit in row_edits]
-        first = min((min(start) for start in starts), default=call.queries)
-        if first > 0:
-            out = plain(module, call.query, call.key, call.value, mask, options)
-        if first < call.queries:
-            rows = self.simplified(call.rows(first, call.queries))
-            active = [active_rows(start, first, call) for start in starts]
-            changed = edited_attention(rows, logit_edits, class_edits, active).transpose(1, 2)
-            if first > 0:
-                out[:, first:] = changed
-            else:
-                out = changed.contiguous()
-        for edit in head_edits:
-            stop = None if call.position is None else call.position + call.queries
-            if stop is not None and call.position < self.prompt.length <= stop:  # type: ignore[operator, union-attr]
-                rows_of = torch.tensor(self.prompt.last_row, device=out.device) - call.position  # type: ignore[union-attr]
-                edit.observe_output(call.layer, out[torch.arange(out.shape[0], device=out.device), rows_of])
-            out = out * edit.head_scale(call.layer)[:, None, :, None].to(out.dtype)
-        return out
-
-    def rows_from(self, edit: Edit, call: AttentionCall) -> list[int]:
-        """Return for each sample the first row of a call that an edit changes; the number of rows if none."""
-        if call.position is None or call.position >= self.prompt.length:  # type: ignore[union-attr]
-            return [0]
-        starts = edit.first_row(self.prompt)  # type: ignore[arg-type]
-        return [min(max(start - call.position, 0), call.queries) for start in starts]
-
-    def simplified(self, call: AttentionCall) -> AttentionCall:
-        """Write a mask that differs between queries as causality and padding, if that is all it says."""
-        mask = call.mask
-        if mask is None or mask.shape[2] == 1 or call.position is None or not isinstance(call.first_key, int):
-            return call
-        padding = mask[:, :, -1:]
-        if id(mask) not in self.checked_masks:
-            columns = torch.arange(call.keys, device=mask.device)
-            seen = columns <= call.query_columns().unsqueeze(1)
-            self.checked_masks[id(mask)] = (mask, bool((mask == (padding & seen)).all()))
-        if not self.checked_masks[id(mask)][1]:
-            return call
-        return AttentionCall(
-            call.layer, call.query, call.key, call.value, padding, True, call.scale, call.position, call.first_key
-        )
-
-
-CACHE_NAMES = ("cache", "past_key_values")
 
 
 def cache_length(kwargs: dict[str, Any]) -> int | Tensor:
@@ -462,57 +393,3 @@ def cache_length(kwargs: dict[str, Any]) -> int | Tensor:
             length: int | Tensor = kwargs[name].get_seq_length()
             return length
     return 0
-
-
-def active_rows(starts: list[int], first: int, call: AttentionCall) -> Tensor:
-    """Return which of the rows from ``first`` on an edit changes, bool ``(B, R)``; empty if all."""
-    if all(start == first for start in starts):
-        return torch.empty(0, device=call.query.device)
-    rows = torch.arange(first, call.queries, device=call.query.device)
-    return rows >= torch.tensor(starts, device=call.query.device)[:, None]
-
-
-def plain(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
-) -> Tensor:
-    """Return attention as transformers computes it, ``(B, L, H, Dv)``."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    out: Tensor = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
-    return out
-
-
-def intervened_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    **options: Any,  # noqa: ANN401 - the contract of transformers' attention functions
-) -> tuple[Tensor, None]:
-    """Compute attention for transformers; the function behind ``ATTENTION_NAME``.
-
-    Args:
-        module: The attention module, with its ``Engine`` as ``saccade_engine``.
-        query: ``(B, H, L, D)``.
-        key: ``(B, Hkv, S, D)``.
-        value: ``(B, Hkv, S, Dv)``.
-        attention_mask: Bool ``(B, 1, L, S)``, ``True`` = takes part, or ``None``.
-        dropout: Must be 0: interventions are for inference.
-        options: What the module passes besides.
-
-    Returns:
-        ``(B, L, H, Dv)``, and no weights.
-
-    Raises:
-        ConfigError: If the module asks for something that edits of weights do not cover.
-    """
-    for name in ("softcap", "s_aux", "position_bias"):
-        if options.get(name) is not None:
-            raise ConfigError(f"{type(module).__name__} uses {name} in its attention, which interventions do not cover.")
-    if dropout > 0 or (attention_mask is not None and attention_mask.dtype != torch.bool):
-        what = "dropout; call model.eval()" if dropout > 0 else f"a {attention_mask.dtype} mask where bool was expected"  # type: ignore[union-attr]
-        raise ConfigError(f"Interventions are for inference: {type(module).__name__} was called with {what}.")
-    engine: Engine = module.saccade_engine
-    return engine.attend(module, query, key, value, attention_mask, options), None

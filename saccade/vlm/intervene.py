@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["INTERVENTIONS", "Intervening", "intervene", "make_intervention"]
 
-INTERVENTIONS: dict[str, type[Intervention]] = {cls.name: cls for cls in (ACT, GIFT, PAI, VAF, VAR, VHR)}  # type: ignore[misc]
+INTERVENTIONS: dict[str, type[Intervention]] = {cls.name: cls for cls in (ACT, GIFT, PAI, VAF, VAR, VHR)}
 
 
 def make_intervention(name: str, settings: dict[str, Any] | None = None, *, preset: str = "paper") -> Intervention:

@@ -86,7 +86,7 @@ def read_facts(model: PreTrainedModel) -> ModelFacts:
     if not found or sorted(indices) != list(range(len(indices))):
         raise ConfigError(
             f"{name}: no single stack of self-attention layers was found in its decoder (layer_idx of modules named "
-            f"...Attention: {sorted(indices)}). Models with cross-attention layers or fused attention are not supported."
+            f"...Attention: {sorted(indices)}). Models with cross-attention or fused attention are not supported."
         )
     ordered = sorted(found.items(), key=lambda item: int(item[1].layer_idx))
     owners = [module_name.rpartition(".")[0] for module_name, _ in ordered]  # ...layers.3
@@ -94,7 +94,7 @@ def read_facts(model: PreTrainedModel) -> ModelFacts:
     if any(owner.rpartition(".")[0].rpartition(".")[0] != stack_name for owner in owners):
         raise ConfigError(f"{name}: its attention layers lie in several stacks ({owners[0]}, ..., {owners[-1]}).")
     stack = model.get_submodule(stack_name)
-    owner = next(m for _, m in reversed(list(parents(model, stack_name))) if hasattr(m, "_can_set_attn_implementation"))
+    owner: Any = next(m for m in reversed(parents(model, stack_name)) if hasattr(m, "_can_set_attn_implementation"))
     if not owner._can_set_attn_implementation():
         raise ConfigError(
             f"{name} computes attention in its own code and not through transformers' AttentionInterface, so an "
@@ -118,13 +118,10 @@ def same_config(found: Any, wanted: Any) -> bool:  # noqa: ANN401
     return found is wanted or (type(found) is type(wanted) and found.to_dict() == wanted.to_dict())
 
 
-def parents(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+def parents(model: nn.Module, name: str) -> list[nn.Module]:
     """Return the modules on the path from the model to a submodule, both included."""
-    path, found = "", [("", model)]
-    for part in name.split("."):
-        path = f"{path}.{part}".lstrip(".")
-        found.append((path, model.get_submodule(path)))
-    return found
+    parts = name.split(".") if name else []
+    return [model, *(model.get_submodule(".".join(parts[: stop + 1])) for stop in range(len(parts)))]
 
 
 def visual_token_ids(config: Any) -> tuple[int, ...]:  # noqa: ANN401

@@ -82,8 +82,7 @@ class Prompt:
     def to(self, device: torch.device) -> Prompt:
         """Return the prompt on a device."""
         moved = (
-            None if t is None else t.to(device)
-            for t in (self.image_mask, self.valid, self.input_ids, self.query_mask)
+            None if t is None else t.to(device) for t in (self.image_mask, self.valid, self.input_ids, self.query_mask)
         )
         return Prompt(*moved)  # type: ignore[arg-type]
 

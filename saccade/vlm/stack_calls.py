@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,15 +13,19 @@ from saccade.errors import ConfigError
 if TYPE_CHECKING:
     from saccade.vlm.prompt import Prompt
 
-__all__ = ["first_part", "last_part", "text_only_part"]
+__all__ = ["CACHE_NAMES", "cache_argument", "first_part", "last_part", "text_only_part", "uncached"]
 
+CACHE_NAMES = ("cache", "past_key_values")  # transformers renamed it in 5.24
 ALONG_TOKENS = ("inputs_embeds", "input_ids", "visual_pos_masks")  # axis 1
 ALONG_LAST_AXIS = ("position_ids",)
 OF_VISUAL_TOKENS = ("visual_pos_masks", "deepstack_visual_embeds")
 
 
 def first_part(
-    kwargs: dict[str, Any], stack: nn.Module, count: int, position: int
+    kwargs: dict[str, Any],
+    stack: Any,  # noqa: ANN401 - a decoder of transformers
+    count: int,
+    position: int,
 ) -> tuple[dict[str, Any], Any]:
     """Return the call of the first ``count`` tokens, and the cache that it fills.
 
@@ -30,8 +35,8 @@ def first_part(
         count: Tokens of the first part.
         position: Tokens in the cache before it.
     """
-    cache = next((kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None), None)
-    cache_name = next((name for name in ("cache", "past_key_values") if name in kwargs), cache_argument(stack))
+    cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+    cache_name = next((name for name in CACHE_NAMES if name in kwargs), cache_argument(stack))
     if cache is None:
         from transformers import DynamicCache
 
@@ -51,9 +56,7 @@ def first_part(
 
 
 def cache_argument(stack: nn.Module) -> str:
-    """Return what a decoder calls its cache; transformers renamed it in 5.24."""
-    import inspect
-
+    """Return what a decoder calls its cache."""
     return "cache" if "cache" in inspect.signature(stack.forward).parameters else "past_key_values"
 
 
@@ -75,7 +78,13 @@ def first_mask(mask: Any, count: int, queries: int, position: int) -> Any:  # no
     return mask[:, :, :count, : columns - dropped]
 
 
-def last_part(kwargs: dict[str, Any], cache: Any, start: int, prompt: Prompt) -> dict[str, Any]:  # noqa: ANN401
+def last_part(
+    kwargs: dict[str, Any],
+    stack: Any,  # noqa: ANN401
+    cache: Any,  # noqa: ANN401
+    start: int,
+    prompt: Prompt,
+) -> dict[str, Any]:
     """Return the call of the tokens from ``start`` on, after :func:`first_part` has filled the cache."""
     part = {name: value for name, value in kwargs.items() if name not in OF_VISUAL_TOKENS}
     for name in ALONG_TOKENS:
@@ -85,12 +94,20 @@ def last_part(kwargs: dict[str, Any], cache: Any, start: int, prompt: Prompt) ->
         if part.get(name) is not None:
             part[name] = part[name][..., start:]
     part["attention_mask"] = None if bool(prompt.valid.all()) else prompt.valid.long()
-    for name in ("cache", "past_key_values"):
-        if name in part:
-            part[name] = cache
-    if "cache" not in part and "past_key_values" not in part:
-        part["cache"] = cache
-    return part
+    cache_name = next((name for name in CACHE_NAMES if name in kwargs), cache_argument(stack))
+    return {**part, cache_name: cache}
+
+
+def uncached(kwargs: dict[str, Any], queries: int) -> dict[str, Any]:
+    """Return the call of a whole prompt of some length without its cache."""
+
+    def own(mask: Any) -> Any:  # noqa: ANN401
+        if isinstance(mask, dict):
+            return {kind: own(part) for kind, part in mask.items()}
+        return mask[..., :queries] if mask is not None and mask.ndim == 4 else mask  # a static cache has more columns
+
+    part = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+    return {**part, "attention_mask": own(kwargs.get("attention_mask")), "use_cache": False}
 
 
 def text_only_part(kwargs: dict[str, Any], prompt: Prompt, *, causal: bool) -> dict[str, Any]:
@@ -121,5 +138,6 @@ def text_only_part(kwargs: dict[str, Any], prompt: Prompt, *, causal: bool) -> d
     }
     if not causal:
         visible = (valid[:, None, None] != 0).expand(-1, 1, longest, -1)
-        part["attention_mask"] = {"full_attention": visible, "sliding_attention": visible}
+        given = kwargs.get("attention_mask")
+        part["attention_mask"] = dict.fromkeys(given, visible) if isinstance(given, dict) else visible
     return part

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from saccade.attention import attention, attention_lse, attention_statistics, partitioned_attention
+from saccade.attention import attention, attention_statistics, partitioned_attention
 from saccade.vlm import ACT, GIFT, VAR, VHR, intervene
 from saccade.vlm.contrastive import contrast_logits
 from saccade.vlm.edits import recombine, scaled
@@ -175,9 +175,7 @@ def op_act(case: Case) -> None:
         width = value.shape[-1]
         both = torch.cat([value, identity(key.shape[2]).expand(*value.shape[:2], -1, -1)], -1)
         parts = partitioned_attention(query, key, both, excess.long(), 2, causal=True)
-        out = recombine(
-            parts.class_out, parts.class_mass, act_gain(parts.class_mass, config["beta"]), normalise=False
-        )
+        out = recombine(parts.class_out, parts.class_mass, act_gain(parts.class_mass, config["beta"]), normalise=False)
         got = {
             "column_mean": mean[0],
             "sink_mask": excess[0].float(),
@@ -292,7 +290,11 @@ def run_model(case: Case, model, inputs: dict[str, Tensor], methods: dict) -> No
     forced = case.tensors["input.forced_tokens"]
     image = slice(where["image_start"], where["image_start"] + where["image_len"])
     for name, method in {"plain": None, **methods}.items():
-        wanted = {key.removeprefix(f"output.{name}."): t for key, t in case.tensors.items() if key.startswith(f"output.{name}.")}
+        wanted = {
+            key.removeprefix(f"output.{name}."): t
+            for key, t in case.tensors.items()
+            if key.startswith(f"output.{name}.")
+        }
         got: dict[str, Tensor] = {}
         if method is None:
             prefill, decoded = steps(model, inputs, forced)

@@ -1,15 +1,16 @@
 """ACT, attention calibration: tokens that draw too much attention, the first apart, give most of it to the others.
 
-Yu et al., "Unveiling and Harnessing Hidden Attention Sinks", ICML 2024 (arXiv:2406.15765); official code GATECH-EIC/ACT at
-a267af7 (Apache-2.0). A method for text models; prompts need no image.
+Yu et al., "Unveiling and Harnessing Hidden Attention Sinks", ICML 2024 (arXiv:2406.15765); official code
+GATECH-EIC/ACT at a267af7 (Apache-2.0). A method for text models; prompts need no image.
 
 In chosen heads, with c_j the mean weight that key j gets from the queries that can see it,
 
     I  = {j : c_j > threshold} without its first element,   class 1 = I, class 0 = the rest
     O' = beta O_1 + (1 + (1 - beta) m_1 / m_0) O_0
 
-Every row of the prompt is changed, by means that later rows enter into, so a layer's prompt is read twice. Our extension to
-decoding, which the code does not define: the sums behind c_j go on over generated rows, and only the new row is changed.
+Every row of the prompt is changed, by means that later rows enter into, so a layer's prompt is read twice. Our
+extension to decoding, which the code does not define: the sums behind c_j go on over generated rows, and the new row is
+changed.
 """
 
 from __future__ import annotations
@@ -60,6 +61,11 @@ class ACT:
         wrong = {head for heads in self.heads.values() for head in heads if not 0 <= head < facts.num_heads}
         if wrong:
             raise ConfigError(f"ACT: heads must be in 0..{facts.num_heads - 1}; got {sorted(wrong)}.")
+        sliding = sorted(layer for layer in layers if facts.sliding(layer))
+        if sliding:
+            raise ConfigError(
+                f"ACT counts attention to every token; layers {sliding} of {facts.name} see a sliding window only."
+            )
         return ACTEdit(self, facts, layers)
 
 
@@ -70,6 +76,8 @@ class ACTEdit(ClassEdit):
     needs_image = False
     whole_prompt = True
     reorderable = False
+    needs_cache = True
+    compiles = False
 
     def __init__(self, act: ACT, facts: ModelFacts, layers: frozenset[int]) -> None:
         super().__init__("ACT", facts, layers)
@@ -93,17 +101,16 @@ class ACTEdit(ClassEdit):
 
     def observe(self, call: AttentionCall) -> None:
         """Add the weights of the rows of a call to the sums."""
-        if call.first_key != 0:
-            raise ConfigError("ACT counts attention to every token, which layers with a sliding window do not give.")
         mask, start = call.mask, call.position
+        assert start is not None
         rows = torch.nn.functional.pad(self.valid, (0, call.keys), value=True)[:, start : start + call.queries]
         rows = rows.to(call.query.device)
         if call.queries > 1:  # rows of padding do not count
             own = rows[:, None, :, None]
             mask = own if mask is None else mask & own
         found = attention_statistics(call.query, call.key, mask=mask, causal=call.causal, scale=call.scale)
-        sums = found.key_mass * call.queries  # (B, H, S)
         seen = rows_that_see(rows, mask, call)
+        sums = found.importance * seen  # (B, H, S)
         if start > 0 and call.layer in self.sums:
             grown = (0, call.keys - self.sums[call.layer].shape[-1])
             sums = sums + torch.nn.functional.pad(self.sums[call.layer], grown)

@@ -14,10 +14,10 @@ heads with most weight on the image V and on the question Q, and w_j = exp(alpha
     r = sum_{h in H_V} sum_{j in V} w_j a_hj / sum_{h in H_V} sum_{j in V} a_hj
     a_hj <- w_j a_hj (h in H_V, j in V),   a_hj <- beta r a_hj (h in H_Q, j in Q),   then each row is renormalised
 
-Only rows i and i - 1 of the saliency layers are looked at. Where a layer to be enhanced lies below a saliency layer, the
-prompt is run up to its last token first and the last token then like a generated one: one pass over the prompt in all.
-Differs from the code: without a content token, or with a constant map, S is 0 and nothing changes (NaN there); the question
-is found from the chat template; a repeated word counts each time.
+Only rows i and i - 1 of the saliency layers are looked at. Where a layer to be enhanced lies below a saliency layer,
+the prompt is run up to its last token first and the last token then like a generated one: one pass over the prompt.
+Differs from the code: without a content token, or with a constant map, S is 0 and nothing changes (NaN there); the
+question is found from the chat template; a repeated word counts each time.
 """
 
 from __future__ import annotations
@@ -213,6 +213,4 @@ def gift_gain(vision: Tensor, question: Tensor, scale: Tensor) -> Tensor:
         scale: ``beta r``, ``(B, 1, R)``.
     """
     weighted = vision.to(scale.dtype)
-    return torch.stack(
-        [1 - weighted, torch.where(question, scale, 1.0), torch.ones_like(weighted), weighted], 2
-    )
+    return torch.stack([1 - weighted, torch.where(question, scale, 1.0), torch.ones_like(weighted), weighted], 2)

@@ -58,18 +58,21 @@ class SaliencyReader:
             weights = thin_weights(call.pick(index), self.columns.to(index.device), self.visual.to(index.device))
             found.update(zip(wanted, weights.unbind(2), strict=True))
 
+    def rise(self) -> Tensor:
+        """Return ``s_j``, ``(B, V)``: the mean rise of attention to each image token over layers, heads and words."""
+        device = self.image_mask.device
+        maps = [
+            rising_attention(torch.stack([rows[row] for row in self.rows], 2).to(device), self.pairs, self.chosen)
+            for rows in self.found.values()
+        ]
+        return torch.stack(maps).mean(0)
+
     def saliency(self) -> Tensor:
         """Return ``S_j`` over the prompt, ``(B, N)`` float32 on the device of the prompt, 0 outside the image."""
         whole = torch.zeros(self.image_mask.shape, device=self.image_mask.device)
         if not self.rows:
             return whole
-        device = whole.device
-        maps = [
-            rising_attention(torch.stack([rows[row] for row in self.rows], 2).to(device), self.pairs, self.chosen)
-            for rows in self.found.values()
-        ]
-        mean = torch.stack(maps).mean(0)
-        values = normalised_saliency(mean, self.visual)
+        values = normalised_saliency(self.rise(), self.visual)
         return whole.scatter(1, self.columns, values.masked_fill(~self.visual, 0.0))
 
 
@@ -85,8 +88,8 @@ def thin_weights(call: AttentionCall, columns: Tensor, visual: Tensor) -> Tensor
     lse = call.partitioned(everything, 1).lse  # (B, H, R)
     start = call.first_key if isinstance(call.first_key, int) else 0
     place = columns - start
-    inside = visual & (place >= 0)
-    place = place.clamp(min=0)
+    inside = visual & (place >= 0) & (place < call.keys)
+    place = place.clamp(0, call.keys - 1)
     batch, kv_heads, _, head_dim = call.key.shape
     index = place[:, None, :, None].expand(batch, kv_heads, -1, head_dim)
     key = call.key.gather(2, index).repeat_interleave(call.query.shape[1] // kv_heads, 1)  # (B, H, V, D)

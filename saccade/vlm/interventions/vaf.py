@@ -2,8 +2,8 @@
 
 "ClearSight", CVPR 2025; official code ustc-hyin/ClearSight at 5466c94.
 
-In rows behind the image, before the softmax, ``l_j <- enhance l_j`` for image tokens and ``l_j <- suppress l_j`` for the
-tokens before the image. (A negative score of an image token is pushed further down; that is the published method.)
+In rows behind the image, before the softmax, ``l_j <- enhance l_j`` for image tokens and ``l_j <- suppress l_j`` for
+the tokens before the image. (A negative score of an image token is pushed further down; that is the published method.)
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ In such heads, in rows behind the image, with the fraction f moved,
 
     O' = O - f (O_0 + O_1) + f (m_0 + m_1) / m_2 O_2
 
-Differs from the code: the fraction *moved* is the parameter (the paper says 0.6 is moved, the code keeps 0.6); sinks are
+Differs from the code: the fraction *moved* is the parameter (the paper moves 0.6, the code keeps 0.6); sinks are
 those of the prompt at hand (the code's are those of the first prompt of the process); any number of images and samples.
 """
 
@@ -91,7 +91,7 @@ class VAR:
 
 
 class VAREdit(ClassEdit):
-    """VAR at work; ``stats`` has ``sinks`` ``(B, N)`` and ``selected`` ``(B, H, R)``, heads of the last rows changed."""
+    """VAR at work; ``stats`` has ``sinks`` ``(B, N)`` and ``selected`` ``(B, H, R)``, heads of the latest rows."""
 
     num_classes = 4
     needs_layer_input = True
@@ -146,7 +146,8 @@ def sink_score(hidden: Tensor, channels: tuple[int, ...]) -> Tensor:
     """Return ``max_c |x[c]| / sqrt(mean(x^2) + 1e-6)``, ``(B, L)`` float32, of layer inputs ``(B, L, hidden)``."""
     norm = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32)
     peak = hidden[..., list(channels)].abs().amax(-1).float()
-    return peak / (norm.square() / hidden.shape[-1] + 1e-6).sqrt()
+    score: Tensor = peak / (norm.square() / hidden.shape[-1] + 1e-6).sqrt()
+    return score
 
 
 def sink_share(mass: Tensor, num_visual: Tensor) -> Tensor:

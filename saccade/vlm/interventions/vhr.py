@@ -1,8 +1,8 @@
 """VHR, vision-aware head reinforcement: heads that answer to the image speak louder.
 
 He et al., "Cracking the Code of Hallucination in LVLMs with Vision-aware Head Divergence", ACL 2025 (arXiv:2412.13949).
-The official source was not available; where the paper is silent the settings named ``released_code`` are those on which two
-independent ports agree.
+The official source was not available; where the paper is silent the settings named ``released_code`` are those on which
+two independent ports agree.
 
 With A_i the output of head i before the output projection at the last token of the prompt, and T_i the same for the
 prompt without its image,
@@ -10,8 +10,8 @@ prompt without its image,
     VHD_i = dist(A_i, T_i),   0 if VHD_i and |T_i|^2 are both above mean + std over the heads
     A_i  <- alpha A_i         where VHD_i > median(VHD) (the lower median)
 
-layer by layer, layers above seeing what was reinforced below. The heads are found once, at the first token, and the factor
-holds for every token of the prompt and of the answer. The prompt without its image costs one short forward.
+layer by layer, layers above seeing what was reinforced below. The heads are found once, at the first token, and the
+factor holds for every token of prompt and answer. The prompt without its image costs one short forward.
 """
 
 from __future__ import annotations
