@@ -1,7 +1,8 @@
 """Block-sparse attention as a registered operator, and its CPU path: gather, attend and forget, a chunk at a time.
 
 The keys that a few query blocks read are gathered into cache-sized copies, torch's fused kernel runs on them, and they
-are gone. The backward pass gathers them again, so nothing that grows with the selection is ever kept.
+are gone. The backward pass gathers them again, so nothing that grows with the selection is ever kept. Where there are few
+keys and most of them are read by somebody, the kernel runs over all of them under a mask instead.
 """
 
 from __future__ import annotations
@@ -12,12 +13,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.attention.blocks import BlockGeometry, BlockSelection, gather_rows, key_tokens, positional, visible_tokens
+from saccade.attention.blocks import (
+    BlockGeometry,
+    BlockSelection,
+    ceil_div,
+    gather_rows,
+    key_tokens,
+    positional,
+    visible_tokens,
+)
 from saccade.attention.sdpa import flash_cpu, flash_cpu_backward_lse, kernel_view, widen
 
 __all__ = ["block_sparse", "block_sparse_backward"]
 
 CHUNK_BYTES = 1 << 22  # of gathered keys, values and mask of the query blocks that are computed at once
+FEW_KEYS = 512  # up to here the products with keys that are not selected cost less than gathering those that are ...
+LARGE_SHARE = 4  # ... if at least one in so many is selected
 
 
 @torch.library.custom_op("saccade::block_sparse", mutates_args=())
@@ -179,7 +190,7 @@ class Chunk(NamedTuple):
         blocks: C, number of query blocks.
         size: Queries in each.
         block_k: Keys in a block.
-        tokens: ``(1, Hs, C, T)``, within S.
+        tokens: ``(1, Hs, C, T)``, within S; ``None`` means all keys in their order.
         mask: Additive ``(C, 1 or H, 1 or size, T)``, or ``None`` if everything is seen.
         weight: Factor of each entry, ``(Hs, C, E)``.
     """
@@ -190,7 +201,7 @@ class Chunk(NamedTuple):
     blocks: int
     size: int
     block_k: int
-    tokens: Tensor
+    tokens: Tensor | None
     mask: Tensor | None
     weight: Tensor | None
 
@@ -201,8 +212,11 @@ class Chunk(NamedTuple):
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Return the rows of keys or values that are read, ``(C, heads, T, width)``, heads Hkv or H."""
+        whole = tensor[self.sample : self.sample + 1]
+        if self.tokens is None:
+            return whole
         heads = max(self.tokens.shape[1], tensor.shape[1])
-        return gather_rows(tensor[self.sample : self.sample + 1], self.tokens, heads)[0].transpose(0, 1)
+        return gather_rows(whole, self.tokens, heads)[0].transpose(0, 1)
 
     def weigh(self, rows: Tensor) -> Tensor:
         """Multiply gathered rows by the weights of their entries."""
@@ -216,12 +230,15 @@ class Chunk(NamedTuple):
         width = max(key.shape[-1], value.shape[-1])
         return (
             kernel_view(self.rows(query), width),
-            widen(self.weigh(self.gather(key)), width),
-            widen(self.weigh(self.gather(value)), width),
+            kernel_view(self.weigh(self.gather(key)), width),
+            kernel_view(self.weigh(self.gather(value)), width),
         )
 
     def add_rows(self, total: Tensor, grad: Tensor) -> None:
         """Add gradients of gathered rows, ``(C, heads, T, width)``, to those of all rows, always in the same order."""
+        if self.tokens is None:
+            total[self.sample] += grad[0]
+            return
         kv_heads, keys, width = total.shape[1:]
         rows = grad.to(total.dtype).transpose(1, 2).flatten(0, 1)  # (C * T, heads, width)
         table = total[self.sample].transpose(0, 1)  # (S, Hkv, width), contiguous
@@ -252,6 +269,12 @@ def chunks(
 ) -> Iterator[Chunk]:
     """Cut the query blocks into chunks; a shorter last block is one of its own."""
     entries, geometry = selection.indices, selection.geometry
+    share = LARGE_SHARE * entries.shape[-1] * geometry.block_k
+    if geometry.kv_len <= min(FEW_KEYS, share) and entry_weight is None and not positional(selection):
+        for sample in range(query.shape[0]):
+            mask = all_keys(entries[sample], geometry, None if key_valid is None else key_valid[sample], query)
+            yield Chunk(sample, 0, 0, 1, geometry.q_len, geometry.block_k, None, mask, None)
+        return
     whole, rest = divmod(geometry.q_len, geometry.block_q)
     runs = [(0, whole, geometry.block_q)] * (whole > 0) + [(whole, whole + 1, rest)] * (rest > 0)
     copies = 2 * max(entries.shape[1], key.shape[1]) * max(key.shape[-1], value.shape[-1])
@@ -276,6 +299,27 @@ def chunks(
                     weight = entry_weight[sample, :, first : first + blocks, : part.shape[-1]]
                 start = first * geometry.block_q
                 yield Chunk(sample, first, start, blocks, size, geometry.block_k, tokens, mask, weight)
+
+
+def all_keys(entries: Tensor, geometry: BlockGeometry, valid: Tensor | None, query: Tensor) -> Tensor:
+    """Return the mask of all queries of a sample over all keys, ``(1, 1 or H, L, S)``, as torch's kernel takes it.
+
+    Args:
+        entries: Codes, ``(Hs, NQ, E)``, no window and no sink among them.
+        geometry: The selection's.
+        valid: Bool ``(S,)``.
+        query: ``(B, H, L, D)``; decides heads and dtype.
+    """
+    blocks = ceil_div(geometry.kv_len, geometry.block_k)
+    table = query.new_full((*entries.shape[:2], blocks + 1), -torch.inf)  # the last column is for entries of nothing
+    table = table.scatter_(2, torch.where(entries >= 0, entries >> 1, blocks), 0.0)[:, :, None, :blocks, None]
+    mask = table.expand(-1, -1, geometry.block_q, -1, geometry.block_k).flatten(3).flatten(1, 2)
+    mask = mask[:, : geometry.q_len, : geometry.kv_len]
+    if valid is not None:
+        mask = mask.masked_fill(~valid, -torch.inf)
+    if mask.shape[0] not in (1, query.shape[1]):
+        mask = mask.repeat_interleave(query.shape[1] // mask.shape[0], 0)
+    return mask.unsqueeze(0)
 
 
 def longest(entries: Tensor) -> int:

@@ -232,29 +232,45 @@ def block_entries(selection: BlockSelection, block_weight: Tensor | None) -> tup
     indices = selection.indices.long()
     device = indices.device
     listed = torch.arange(indices.shape[-1], device=device) < selection.counts.unsqueeze(-1)
-    codes = torch.where(listed & (indices >= 0) & (indices < k_blocks), 2 * indices, nothing)
-    first = g.q_offset + g.block_q * torch.arange(indices.shape[2], device=device)  # of each query block, (NQ,)
-    last = (first + g.block_q - 1).clamp(max=g.q_offset + g.q_len - 1)
-    forced = forced_blocks(selection, first, last, k_blocks)  # (NQ, F)
-    if forced.shape[-1] > 0:
-        forced = forced.expand(codes.shape[0], codes.shape[1], forced.shape[0], forced.shape[1])
-        codes = torch.cat([codes, 2 * forced + 1], -1)
+    codes = torch.where(listed & (indices >= 0), 2 * indices, nothing)  # what is too large counts as nothing too
+    extended = positional(selection)
+    if extended:
+        codes = extend(codes, selection, k_blocks)
     if codes.shape[-1] == 0:
         codes = F.pad(codes, [0, 1], value=float(nothing))
-    if g.causal:  # what begins after the last query of the block is not read
-        codes = codes.masked_fill((codes >> 1) * g.block_k > last.unsqueeze(-1), nothing)
     codes, order = torch.sort(codes, dim=-1)
-    again = (codes[..., 1:] >> 1) == (codes[..., :-1] >> 1)  # selected sorts before forced
+    blocks = codes >> 1 if extended else codes
+    again = blocks[..., 1:] == blocks[..., :-1]  # selected sorts before forced
     codes = codes.masked_fill(F.pad(again, [1, 0]), nothing)
     weight = block_weight
     if weight is not None:
         weight = F.pad(weight, [0, codes.shape[-1] - weight.shape[-1]], value=1.0).gather(-1, order)
-    if forced.shape[-1] > 0:  # many come twice
+    if codes.shape[-1] > indices.shape[-1]:  # forced ones among them: many come twice
         codes, order = torch.sort(codes, dim=-1)
         codes = codes[..., :k_blocks]
         if weight is not None:
             weight = weight.gather(-1, order)[..., :k_blocks]
     return codes.masked_fill(codes >= nothing, -1), weight
+
+
+def extend(codes: Tensor, selection: BlockSelection, k_blocks: int) -> Tensor:
+    """Append to the codes of selected blocks those of forced ones, and drop what no query of the block may see.
+
+    Args:
+        codes: ``(B, Hs, NQ, K)``, see :func:`block_entries`; ``2 * k_blocks`` or more means nothing.
+        selection: As the user gave it.
+        k_blocks: Number of key blocks.
+    """
+    g = selection.geometry
+    first = g.q_offset + g.block_q * torch.arange(codes.shape[2], device=codes.device)  # of each query block, (NQ,)
+    last = (first + g.block_q - 1).clamp(max=g.q_offset + g.q_len - 1)
+    forced = forced_blocks(selection, first, last, k_blocks)  # (NQ, F)
+    if forced.shape[-1] > 0:
+        forced = forced.expand(codes.shape[0], codes.shape[1], forced.shape[0], forced.shape[1])
+        codes = torch.cat([codes, 2 * forced + 1], -1)
+    if g.causal:  # what begins after the last query of the block is not read
+        codes = codes.masked_fill((codes >> 1) * g.block_k > last.unsqueeze(-1), 2 * k_blocks)
+    return codes
 
 
 def forced_blocks(selection: BlockSelection, first: Tensor, last: Tensor, k_blocks: int) -> Tensor:

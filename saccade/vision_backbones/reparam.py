@@ -173,6 +173,9 @@ def fuse_for_inference(model: nn.Module) -> None:
                 setattr(module, name, child.plain())
         if isinstance(module, nn.Sequential):
             fold_batch_norms(module)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):  # or it would be laid out anew in every call
+            module.to(memory_format=torch.channels_last)
 
 
 def fold_batch_norms(layers: nn.Sequential) -> None:

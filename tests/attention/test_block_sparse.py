@@ -52,6 +52,8 @@ class Sparse:
 SHAPES = [
     Sparse(1, 1, 1, 1, top_k=1, batch=1),
     Sparse(36, 36, 4, 4, head_dim=32, value_dim=32, top_k=3),  # BiFormer, third stage
+    Sparse(22, 66, 4, 4, head_dim=16, value_dim=16),  # a small share of the keys is selected
+    Sparse(24, 64, 3, 4, heads=4, kv_heads=2, selections=2, options="valid extra"),
     Sparse(20, 12, 5, 3, head_dim=6, value_dim=10, heads=3, kv_heads=3, selections=3),  # two sizes of regions
     Sparse(17, 63, 16, 15, head_dim=24, heads=4, selections=2, options="valid extra logit"),
     Sparse(65, 64, 16, 16, value_dim=24, heads=4, kv_heads=2, selections=4, options="holes weight"),
