@@ -1,8 +1,8 @@
 """Block-sparse attention as a registered operator, and its CPU path: gather, attend and forget, a chunk at a time.
 
 The keys that a few query blocks read are gathered into cache-sized copies, torch's fused kernel runs on them, and they
-are gone. The backward pass gathers them again, so nothing that grows with the selection is ever kept. Where there are few
-keys and most of them are read by somebody, the kernel runs over all of them under a mask instead.
+are gone. The backward pass gathers them again, so nothing that grows with the selection is ever kept. Where there are
+few keys and a large share of them is selected, the kernel runs over all of them under a mask instead.
 """
 
 from __future__ import annotations
@@ -290,15 +290,16 @@ def chunks(
                 part = entries[sample : sample + 1, :, first : first + blocks]
                 if not complete:
                     part = part[..., : longest(part)]
-                tokens, mask, weight = key_tokens(part, geometry.block_k), None, None
+                tokens, weight = key_tokens(part, geometry.block_k), None
+                scores_mask: Tensor | None = None
                 if not plain:
                     visible = visible_tokens(tokens, part, selection, valid, first, size)
-                    mask = None if bool(visible.all()) else additive(visible[0].transpose(0, 1), query)
+                    scores_mask = None if bool(visible.all()) else additive(visible[0].transpose(0, 1), query)
                     tokens = tokens.clamp(0, geometry.kv_len - 1)
                 if entry_weight is not None:
                     weight = entry_weight[sample, :, first : first + blocks, : part.shape[-1]]
                 start = first * geometry.block_q
-                yield Chunk(sample, first, start, blocks, size, geometry.block_k, tokens, mask, weight)
+                yield Chunk(sample, first, start, blocks, size, geometry.block_k, tokens, scores_mask, weight)
 
 
 def all_keys(entries: Tensor, geometry: BlockGeometry, valid: Tensor | None, query: Tensor) -> Tensor:

@@ -349,17 +349,28 @@ def mix_tiles(
         value: ``(B, 2, G, d, H, W)``.
 
     Returns:
-        ``(B, 2, G, d, H, W)``.
+        ``(B, 2, G, d, H, W)``, channels last in memory.
     """
-    out = torch.empty_like(value, memory_format=torch.contiguous_format)
+    out = new_mixed(value)
+    queries, values, mixed = (positions_first(image) for image in (query, value, out))
     for half, (kernels, biases) in enumerate(((small_kernels, small_biases), (large_kernels, large_biases))):
         for tiles, sample, groups in blocks(query, biases):
             part = kernels[sample, groups]
-            queries = tiles.cut(query[sample, groups]).to(part.dtype).flatten(2)
-            wide = tiles.spread(tiles.weights(queries, part, biases[groups]))
-            covered = tiles.cover(value[sample, half, groups]).to(part.dtype)
-            tiles.paste(tiles.unite(torch.bmm(covered, wide.transpose(1, 2))), out[sample, half, groups])
+            weights = tiles.weights(tiles.cut(queries[sample, groups]).to(part.dtype), part, biases[groups])
+            covered = tiles.cover(values[sample, half, groups]).to(part.dtype)
+            tiles.paste(tiles.unite(torch.bmm(tiles.spread(weights), covered)), mixed[sample, half, groups])
     return out
+
+
+def positions_first(image: Tensor) -> Tensor:
+    """Return ``(..., c, H, W)`` as ``(..., H, W, c)``, a view."""
+    return image.movedim(-3, -1)
+
+
+def new_mixed(value: Tensor) -> Tensor:
+    """Return an unfilled result like ``value``, ``(B, 2, G, d, H, W)``, whose memory is ``(B, H, W, 2, G, d)``."""
+    batch, halves, groups, width, height, columns = value.shape
+    return value.new_empty((batch, height, columns, halves, groups, width)).permute(0, 3, 4, 5, 1, 2)
 
 
 @mix_tiles.register_fake
@@ -372,7 +383,7 @@ def mix_tiles_fake(
     value: Tensor,
 ) -> Tensor:
     """Return a result of the right shape, dtype and strides."""
-    return torch.empty_like(value, memory_format=torch.contiguous_format)
+    return new_mixed(value)
 
 
 @torch.library.custom_op("saccade::mix_tiles_backward", mutates_args=())
@@ -392,22 +403,23 @@ def mix_tiles_backward(
     """
     grad_query = torch.zeros(query.shape, dtype=small_kernels.dtype, device=query.device)
     grad_value = torch.zeros(value.shape, dtype=small_kernels.dtype, device=value.device)
+    images = (query, value, grad_out, grad_query, grad_value)
+    queries, values, grads_out, grad_queries, grad_values = (positions_first(image) for image in images)
     grads = []
     for half, (kernels, biases) in enumerate(((small_kernels, small_biases), (large_kernels, large_biases))):
         grad_kernels = torch.zeros_like(kernels, memory_format=torch.contiguous_format)
         grad_biases = torch.zeros_like(biases, memory_format=torch.contiguous_format)
         for tiles, sample, groups in blocks(query, biases):
             part = kernels[sample, groups]
-            queries = tiles.cut(query[sample, groups]).to(part.dtype).flatten(2)
-            weights = tiles.weights(queries, part, biases[groups])
-            covered = tiles.cover(value[sample, half, groups]).to(part.dtype)
-            grad = tiles.separate(tiles.cut(grad_out[sample, half, groups]).to(part.dtype))
-            tiles.add_cover(torch.bmm(grad, tiles.spread(weights)), grad_value[sample, half, groups])
-            grad_weights = tiles.collect(torch.bmm(grad.transpose(1, 2), covered))
+            cut = tiles.cut(queries[sample, groups]).to(part.dtype)
+            weights = tiles.weights(cut, part, biases[groups])
+            covered = tiles.cover(values[sample, half, groups]).to(part.dtype)
+            grad = tiles.separate(tiles.cut(grads_out[sample, half, groups]).to(part.dtype))
+            tiles.add_cover(torch.bmm(tiles.spread(weights).transpose(1, 2), grad), grad_values[sample, half, groups])
+            grad_weights = tiles.collect(torch.bmm(grad, covered.transpose(1, 2)))
             grad_logits = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True))
-            grad_queries = torch.bmm(part.transpose(1, 2), grad_logits.transpose(1, 2))
-            tiles.paste(grad_queries.view(tiles.cut(query[sample, groups]).shape), grad_query[sample, groups], add=True)
-            grad_kernels[sample, groups].baddbmm_(grad_logits.transpose(1, 2), queries.transpose(1, 2))
+            tiles.paste(torch.bmm(grad_logits, part), grad_queries[sample, groups], add=True)
+            grad_kernels[sample, groups].baddbmm_(grad_logits.transpose(1, 2), cut)
             tiles.add_biases(grad_logits, grad_biases[groups])
         grads += [grad_kernels, grad_biases]
     return grad_query.to(query.dtype), grads[0], grads[2], grads[1], grads[3], grad_value.to(value.dtype)

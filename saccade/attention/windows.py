@@ -73,11 +73,12 @@ class Windows:
 
 
 class TileRow:
-    """One row of tiles; every method takes some maps ``n`` at once.
+    """One row of tiles; every method takes some maps ``n`` at once, channels last: ``(n, H, W, c)``, any strides.
 
     Attributes:
         index: Where each tap of each position lies in what its tile covers, ``(tiles, positions, taps)``.
         kinds: Kind of window of each row of positions; only one away from the border, where all are equal.
+        kind: Number of each position's kind of window among all, ``(tiles * positions,)``.
     """
 
     def __init__(self, windows: Windows, row: int) -> None:
@@ -88,6 +89,7 @@ class TileRow:
         self.index = start.flatten(1).unsqueeze(-1) + windows.tap_offset
         kinds = rows.kind[row]
         self.kinds = kinds[:1] if bool((kinds == kinds[0]).all()) else kinds
+        self.kind = (kinds[:, None] * windows.kernel + columns.kind[:, None]).flatten()
 
     def chunks(self, groups: int) -> Iterator[slice]:
         """Yield slices of groups whose weights fit in a block."""
@@ -95,54 +97,54 @@ class TileRow:
         return (slice(first, first + step) for first in range(0, groups, step))
 
     def cut(self, image: Tensor) -> Tensor:
-        """Cut the tiles out of ``(n, c, H, W)``: ``(n, c, tiles, rows, columns)``, zero beyond the map."""
-        rows = image[:, :, self.top : self.top + self.size]
-        missing = [self.columns.count * self.columns.size - rows.shape[3], self.size - rows.shape[2]]
+        """Cut the tiles out of ``(n, H, W, c)``: ``(n, tiles * positions, c)``, zero beyond the map."""
+        rows = image[:, self.top : self.top + self.size]
+        missing = [self.columns.count * self.columns.size - rows.shape[2], self.size - rows.shape[1]]
         if any(missing):
-            rows = F.pad(rows, [0, missing[0], 0, missing[1]])
-        tiles: Tensor = rows.unflatten(3, (self.columns.count, self.columns.size))
-        return tiles.transpose(2, 3)
+            rows = F.pad(rows, [0, 0, 0, missing[0], 0, missing[1]])
+        tiles: Tensor = rows.unflatten(2, (self.columns.count, self.columns.size)).transpose(1, 2)
+        return tiles.flatten(1, 3)
 
     def paste(self, tiles: Tensor, image: Tensor, *, add: bool = False) -> None:
-        """Write tiles ``(n, c, tiles, rows, columns)`` back into ``(n, c, H, W)``, or add them."""
-        target = image[:, :, self.top : self.top + self.size]
-        source = tiles.transpose(2, 3).flatten(3)[:, :, : target.shape[2], : target.shape[3]]
+        """Write tiles ``(n, tiles * positions, c)`` back into ``(n, H, W, c)``, or add them."""
+        target = image[:, self.top : self.top + self.size]
+        rows = tiles.unflatten(1, (self.columns.count, self.size, self.columns.size)).transpose(1, 2).flatten(2, 3)
+        source = rows[:, : target.shape[1], : target.shape[2]]
         _ = target.add_(source) if add else target.copy_(source)
 
     def separate(self, tiles: Tensor) -> Tensor:
-        """Make each of the tiles ``(n, c, tiles, rows, columns)`` a matrix, ``(n * tiles, c, positions)``."""
-        return tiles.transpose(1, 2).flatten(0, 1).flatten(2)
+        """Make each of the tiles ``(n, tiles * positions, c)`` a matrix, ``(n * tiles, positions, c)``."""
+        matrices: Tensor = tiles.unflatten(1, (self.columns.count, -1)).flatten(0, 1)
+        return matrices
 
     def unite(self, matrices: Tensor) -> Tensor:
         """Undo :meth:`separate`."""
-        tiles: Tensor = matrices.unflatten(0, (-1, self.columns.count)).unflatten(3, (self.size, -1))
-        return tiles.transpose(1, 2)
+        tiles: Tensor = matrices.unflatten(0, (-1, self.columns.count)).flatten(1, 2)
+        return tiles
 
     def cover(self, image: Tensor) -> Tensor:
-        """Return the values that the windows of each tile cover, ``(n * tiles, d, covered)``."""
-        rows = image[:, :, self.first : self.first + self.span]
-        tiles = [rows[..., first : first + self.columns.span] for first in self.columns.first]
-        return torch.stack(tiles, 1).flatten(0, 1).flatten(2)
+        """Return the values that the windows of each tile cover, ``(n * tiles, covered, d)``."""
+        rows = image[:, self.first : self.first + self.span]
+        tiles = [rows[:, :, first : first + self.columns.span] for first in self.columns.first]
+        return torch.stack(tiles, 1).flatten(2, 3).flatten(0, 1)
 
     def add_cover(self, tiles: Tensor, image: Tensor) -> None:
         """Add to a map what belongs to the covered values, tile by tile: the transpose of :meth:`cover`."""
-        tiles = tiles.unflatten(0, (-1, self.columns.count)).unflatten(3, (self.span, -1))
-        rows = image[:, :, self.first : self.first + self.span]
+        tiles = tiles.unflatten(0, (-1, self.columns.count)).unflatten(2, (self.span, -1))
+        rows = image[:, self.first : self.first + self.span]
         for i, first in enumerate(self.columns.first):
-            rows[..., first : first + self.columns.span] += tiles[:, i]
+            rows[:, :, first : first + self.columns.span] += tiles[:, i]
 
     def weights(self, queries: Tensor, kernels: Tensor, biases: Tensor) -> Tensor:
         """Return the softmax over the taps of ``queries . kernels + biases``, ``(n, tiles * positions, taps)``.
 
         Args:
-            queries: ``(n, c, tiles * positions)``.
+            queries: ``(n, tiles * positions, c)``.
             kernels: ``(n, taps, c)``.
             biases: By kind of window, ``(n, K, K, K, K)``.
         """
-        logits = torch.bmm(queries.transpose(1, 2), kernels.transpose(1, 2))
-        bias = biases[:, self.kinds][:, :, self.columns.kind].flatten(4).transpose(1, 2)
-        logits.unflatten(1, (self.columns.count, self.size, -1)).add_(bias)  # (n, tiles, rows, columns, taps)
-        return torch.softmax(logits, -1)
+        logits = biases.flatten(1, 2).flatten(2).index_select(1, self.kind)
+        return torch.softmax(logits.baddbmm_(queries, kernels.transpose(1, 2)), -1)
 
     def spread(self, weights: Tensor) -> Tensor:
         """Put the weights of each position where its window lies: ``(n * tiles, positions, covered)``."""
