@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from saccade.errors import ConfigError
 from saccade.vision_backbones.recompute import Stage
+from saccade.vision_backbones.reparam import fuse_for_inference
 
 __all__ = ["BlockMaps", "init_linear"]
 
@@ -80,6 +81,12 @@ class BlockMaps(nn.Module):
             self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
             init_linear(self.head)
         self.train(self.training)
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Fold batch norms into the convolutions before them for inference, in place; logits stay up to rounding."""
+        self.eval()
+        fuse_for_inference(self)
 
     def pooled(self, x: Tensor) -> Tensor:
         """Return normalised features ``(B, C)``; without pooling ``(B, H, W, C)``."""

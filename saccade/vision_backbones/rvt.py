@@ -142,6 +142,14 @@ class RVT(BlockMaps):
         """Return a pattern of the masks, which are factors of logits."""
         return {"*.att_mask"}
 
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Fold batch norms into the convolutions before them for inference, in place; logits stay up to rounding."""
+        super().reparameterize()
+        for module in self.modules():
+            if isinstance(module, ConvMlp):
+                module.fold()
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the map behind the last block, ``(B, num_features, H / 16, W / 16)`` if there is one stage."""
         x = self.patch_embed(x)

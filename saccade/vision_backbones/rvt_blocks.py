@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from saccade.attention import attention
 from saccade.errors import ConfigError, ShapeError
 from saccade.vision_backbones.diversity import DiversityPoint
+from saccade.vision_backbones.reparam import fold_batch_norms
 from saccade.vision_backbones.token_pooling import PoolingBlock
 
 __all__ = ["Attention", "Block", "ConvMlp", "new_mask", "resize_mask"]
@@ -128,6 +129,14 @@ class ConvMlp(nn.Module):
         x = F.gelu(self.bn2(self.dwconv(x)))
         out: Tensor = self.bn3(self.fc2(x))
         return out.permute(0, 2, 3, 1)
+
+    def fold(self) -> None:
+        """Fold the batch norms into the convolutions before them, in place."""
+        for convolution, norm in (("fc1", "bn1"), ("dwconv", "bn2"), ("fc2", "bn3")):
+            pair = nn.Sequential(self.get_submodule(convolution), self.get_submodule(norm))
+            fold_batch_norms(pair)
+            setattr(self, convolution, pair[0])
+            setattr(self, norm, pair[1])
 
 
 MLPS: dict[str, Callable[[int, int], nn.Module]] = {"conv": ConvMlp, "linear": Mlp}

@@ -195,6 +195,19 @@ def test_stochastic_depth_is_the_same_in_every_block(name):
     assert not [block for block in model.cls_attn_blocks if not isinstance(block.drop_path1, nn.Identity)]
 
 
+@torch.no_grad()
+@BOTH
+def test_reparameterize(name):
+    """Batch norms go, but for those before a depthwise convolution, whose padding they do not reach."""
+    model, x = small(name), randn(2, 3, 64, 96)
+    expected = model(x)
+    for _ in range(2):  # the second time nothing is left to do
+        model.reparameterize()
+        assert relative(model(x), expected) < 1e-5
+    left = [key for key, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    assert left == [f"blocks.{i}.mlp.mlp_v.dwconv.bn" for i in range(2)]
+
+
 @BOTH
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
 def test_reduced_precision(name, dtype, limit):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from torch import nn
 
 from saccade.attention import reference
 from saccade.checkpoints import load_weights
@@ -129,6 +130,16 @@ def test_checkpointing_has_the_gradients_of_logits_and_diversity():
         assert torch.equal(got, expected), key
     for (key, expected), (_, got) in zip(plain.named_parameters(), checkpointed.named_parameters(), strict=True):
         assert_close(got.grad, expected.grad, atol=1e-5 * float(expected.grad.abs().max()) + 1e-9, msg=key)
+
+
+@torch.no_grad()
+def test_reparameterize():
+    model, x = small(), randn(2, 3, 64, 96)
+    expected = model(x)
+    for _ in range(2):  # the second time nothing is left to do
+        model.reparameterize()
+        assert relative(model(x), expected) < 1e-5
+    assert not [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
 def test_published_size_of_the_released_weights():

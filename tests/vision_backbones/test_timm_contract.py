@@ -67,21 +67,19 @@ SMALLEST = [  # of each family: for what takes seconds
     "tap_rvt_tiny_plus",
 ]
 # Of FAN and RVT one of each kind; their other sizes and combinations take minutes together.
-KINDS = [*SMALLEST, "tap_fan_Xlarge_16_p4_hybrid", "rvt_small_plus", "tap_rvt_tiny"]
+KINDS = [name for name in REDUCED if "fan" not in name and "rvt" not in name]
+KINDS += [*SMALLEST[3:], "tap_fan_Xlarge_16_p4_hybrid", "rvt_small_plus", "tap_rvt_tiny"]
 SCRIPT_WARNING = "ignore:.*torch.jit.*"
 
 every_model = pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[] if name in KINDS or ("fan" not in name and "rvt" not in name) else pytest.mark.slow)
-        for name in REDUCED
-    ],
+    [pytest.param(name, marks=[] if name in KINDS else pytest.mark.slow) for name in REDUCED],
 )
 smallest_models = pytest.mark.parametrize("name", SMALLEST)
 registered_models = pytest.mark.parametrize(
     ("name", "options"),
     [(name, REDUCED[name]) for name in SMALLEST]
-    + [pytest.param(name, {}, marks=pytest.mark.slow, id=f"{name}-whole") for name in REDUCED],
+    + [pytest.param(name, {}, marks=pytest.mark.slow, id=f"{name}-whole") for name in KINDS],
 )
 
 
