@@ -29,7 +29,9 @@ from torchmetrics.classification import (
 )
 
 from saccade import __version__
+from saccade.checkpoints import filter_state_dict
 from saccade.errors import ConfigError
+from saccade.vision_backbones.block_maps import BlockMaps
 from saccade.vision_backbones.finetuning import classifier_layers, load_starting_weights
 from saccade.vision_backbones.loading import create_model, download, size_option
 from saccade.vision_backbones.optimization import (
@@ -316,6 +318,14 @@ class ImageClassifier(LightningModule):
         }
         # The checkpoint holds the weights: rebuilding the module from it must not fetch the ones it began with.
         checkpoint["hyper_parameters"] |= {"pretrained": False, "weights": None}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Give a FAN or RVT the layers that the file it began with had, where its name stands for others."""
+        for prefix, model in (("model.", self.model), ("ema.", self.ema)):
+            if isinstance(model, BlockMaps):
+                state = checkpoint["state_dict"]
+                own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+                filter_state_dict(own, model)
 
 
 def draw_confusion(matrix: Tensor, names: list[str], path: Path) -> None:

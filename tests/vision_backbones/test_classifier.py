@@ -223,6 +223,21 @@ def test_arguments_of_the_backbone_travel_with_the_checkpoint(tmp_path):
         classifier(backbone="biformer_tiny", backbone_kwargs={"layers": 3})
 
 
+def test_a_checkpoint_has_the_layers_of_the_file_that_training_began_with(tmp_path):
+    few = {"depth": [1, 1], "base_dims": [8, 8], "heads": [2, 4]}
+    source = timm.create_model("tap_rvt_tiny", num_scales=2, mlp_type="linear", masked_blocks=1, **few)
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    options = {"weights": str(tmp_path / "w.pth"), "ema_decay": 0.5, "backbone_kwargs": few}
+    module = classifier(backbone="rvt_tiny", **options)
+    fit(module, tmp_path).save_checkpoint(tmp_path / "x.ckpt")
+    module.eval()
+    images = first_batch()["image"]
+    assert module.model.transformers[0].blocks[0].attn.att_mask is not None
+    again = ImageClassifier.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True).eval()
+    torch.testing.assert_close(again(images), module(images))
+    torch.testing.assert_close(load_model(str(tmp_path / "x.ckpt")).model(images), module(images))
+
+
 def test_starting_weights_keep_the_backbone_and_renew_the_head(tmp_path):
     source = timm.create_model("test_resnet", num_classes=7)
     torch.save({"state_dict": source.state_dict()}, tmp_path / "w.pth")
