@@ -95,3 +95,12 @@ def test_refused():
         gm.information_gain(2 * MAPS, uniform, FIXATIONS)
     with pytest.raises(ConfigError, match="'floor' or 'mit'"):
         gm.kl_divergence(MAPS, MAPS, regularisation="none")
+
+
+def test_density_of_fixations():
+    density = gm.fixation_density([[3, 2], [3.9, 2.2], [-1, 2], [8, 2]], size=(8, 6), sigma=0.3)
+    assert density.sum() == pytest.approx(1)
+    assert np.unravel_index(density.argmax(), density.shape) == (2, 3)
+    assert density[2, 3] > 0.9
+    with pytest.raises(DataError, match="None of 1 fixations lies inside 8 x 6"):
+        gm.fixation_density([[9, 9]], size=(8, 6), sigma=1)
