@@ -41,7 +41,7 @@ def glass_blur(image: Image, constant: tuple[float, int, int], offsets: Image) -
     shuffled = gaussian(image.astype(np.float32), sigma).astype(np.uint8).reshape(height * width, -1)
     y = np.arange(height - reach, reach, -1)[:, None]
     x = np.arange(width - reach, reach, -1)
-    # Exchanges hang on one another, so they run one by one, on a list of numbers: 50 ns each.
+    # Exchanges hang on one another, so they run one by one, on a list: reading and writing an array is slower.
     order = list(range(height * width))
     for offset in offsets:
         near = (y + offset[..., 0]) * width + x + offset[..., 1]

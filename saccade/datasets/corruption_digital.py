@@ -39,10 +39,16 @@ def elastic_transform(image: Image, strength: float, raw_x: Image, raw_y: Image)
 
     low_y, high_y, share_y = neighbours(np.arange(height)[:, None] + smooth(raw_y), height)
     low_x, high_x, share_x = neighbours(np.arange(width)[None, :] + smooth(raw_x), width)
-    source = image.astype(np.float32)
-    upper = source[low_y, low_x] + share_x * (source[low_y, high_x] - source[low_y, low_x])
-    lower = source[high_y, low_x] + share_x * (source[high_y, high_x] - source[high_y, low_x])
-    moved: Image = upper + share_y * (lower - upper)
+    pixels = image.reshape(height * width, -1).astype(np.float32)
+
+    def between(row: Image) -> Image:
+        """Return the values of a row of neighbours, ``(H, W, C)``."""
+        left, right = (pixels.take(row * width + column, axis=0) for column in (low_x, high_x))
+        mixed: Image = left + share_x * (right - left)
+        return mixed
+
+    upper = between(low_y)
+    moved: Image = upper + share_y * (between(high_y) - upper)
     return moved
 
 
