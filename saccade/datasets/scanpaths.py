@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -44,6 +46,7 @@ class ScanpathData(LightningDataModule):
         test_fraction: Share for testing.
         split_seed: Seed of that choice.
         max_length: Leave out longer paths; ``None`` keeps all.
+        flips: Mirror the places of training scenes at random, left to right and top to bottom.
         batch_size: Trials per step and device.
         num_workers: Collating processes; trials are in memory, so none is rarely slow.
 
@@ -66,6 +69,7 @@ class ScanpathData(LightningDataModule):
         test_fraction: float = 0.15,
         split_seed: int = 0,
         max_length: int | None = None,
+        flips: bool = False,
         batch_size: int = 16,
         num_workers: int = 0,
     ) -> None:
@@ -80,6 +84,7 @@ class ScanpathData(LightningDataModule):
         self.images, self.seen, self.features, self.crop_size = images, seen, features, crop_size
         self.split_by, self.split_seed, self.max_length = split_by, split_seed, max_length
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
+        self.flips = flips
         self.batch_size, self.num_workers = batch_size, num_workers
         self.trials: dict[str, list[Trial]] = {}
 
@@ -161,10 +166,18 @@ class ScanpathData(LightningDataModule):
         names = {"image": [trial.image for trial in trials], "task": [trial.task or "" for trial in trials]}
         return {"scenes": scenes, "paths": paths, "viewers": viewers, **names}
 
+    def collate_mirrored(self, trials: Sequence[Trial]) -> dict[str, Any]:
+        """Make a batch of scenes mirrored at random."""
+        flipped = [
+            replace(trial, scene=trial.scene.mirrored(*torch.randint(2, (2,)).bool().tolist())) for trial in trials
+        ]
+        return self.collate(flipped)
+
     def loader(self, split: Split, *, shuffle: bool = False) -> DataLoader[Any]:
         """Return the batches of a split."""
         trials = self.samples(split)
-        options: dict[str, Any] = {"num_workers": self.num_workers, "collate_fn": self.collate}
+        collate = self.collate_mirrored if shuffle and self.flips else self.collate
+        options: dict[str, Any] = {"num_workers": self.num_workers, "collate_fn": collate}
         return DataLoader(trials, batch_size=self.batch_size, shuffle=shuffle, **options)  # type: ignore[arg-type]
 
     def train_dataloader(self) -> DataLoader[Any]:

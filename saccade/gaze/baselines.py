@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Self, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.errors import ConfigError, DataError
@@ -53,7 +54,7 @@ class TransitionModel(ABC):
     def __call__(self, scenes: SceneBatch, paths: Tensor, viewers: Tensor | None = None) -> Tensor:
         """Score given paths; arguments and result as of ``OAT.forward``."""
         state = self.begin(scenes, paths.shape[1], paths.shape[2])
-        tokens = torch.cat([torch.zeros_like(paths[..., :1]), paths + 1], -1)
+        tokens = F.pad(paths + 1, (1, 0))
         return torch.stack([state.step(token) for token in tokens.unbind(-1)], 2)
 
     def begin(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.errors import CheckpointError, ConfigError, ShapeError
@@ -314,8 +315,7 @@ class OAT(nn.Module):
 
     def tokens_of(self, paths: Tensor) -> Tensor:
         """Return the decoder's tokens of paths: begin, then the objects; begin again behind the end."""
-        tokens = paths + 1
-        return torch.cat([torch.full_like(tokens[..., :1], BEGIN), tokens], -1)
+        return F.pad(paths + 1, (1, 0), value=BEGIN)
 
     def begin(self, scenes: SceneBatch, num_paths: int, max_length: int, viewers: Tensor | None = None) -> OATPaths:
         """Begin K paths in each scene, to be continued step by step.

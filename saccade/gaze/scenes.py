@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -80,6 +80,13 @@ class SceneBatch:
     def __getitem__(self, rows: slice | Tensor) -> SceneBatch:
         """Return some of the scenes."""
         return self.map(lambda tensor: tensor[rows])
+
+    def mirrored(self, vertically: bool, horizontally: bool) -> SceneBatch:
+        """Return the scenes upside down, or left to right; what is seen of objects stays as it is."""
+        flip = torch.tensor([vertically, horizontally], device=self.device)
+        largest = self.position.masked_fill(~self.valid[..., None], -torch.inf).amax(1)
+        position = torch.where(flip, largest[:, None] - self.position, self.position)
+        return replace(self, position=position, start=torch.where(flip, largest - self.start, self.start))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> SceneBatch:
         """Apply a function to every tensor that is there."""

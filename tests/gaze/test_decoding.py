@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from saccade.errors import ConfigError
+from saccade.gaze.baselines import RandomObjects
 from saccade.gaze.decoding import beam_search, greedy, log_prob, sample, step_log_probs
 from saccade.gaze.scenes import grid_scene
 from saccade.gaze.training import path_loss
@@ -135,3 +136,10 @@ def steps_of(paths):
             objects = [o for o in path if o >= 0]
             if objects:
                 yield from ((b, k, t, c) for t, c in enumerate([*(o + 1 for o in objects), 0]))
+
+
+@pytest.mark.parametrize("model", [small_oat(), RandomObjects(0.2)], ids=["oat", "baseline"])
+def test_path_of_nothing_has_a_first_step(model):
+    logits = model(grid_scene(2, 3, 4), torch.empty(1, 2, 0, dtype=torch.long))
+    assert logits.shape == (1, 2, 1, 7)
+    assert_close(logits, model(grid_scene(2, 3, 4), torch.tensor([[[1], [5]]]))[:, :, :1])
