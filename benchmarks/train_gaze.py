@@ -66,13 +66,14 @@ SETTINGS = {
     "val_fraction": 0.15,
     "test_fraction": 0.2,
     "max_length": LONGEST,
+    "flips": True,
     "batch_size": 2,
 }
 TRAINING = {
     "--model.seen": "nothing",
     "--model.pyramid_levels": "0",
     "--model.target_position": "known",
-    "--epochs": "36",
+    "--epochs": "48",
 }
 Figures = dict[str, float]
 
@@ -83,7 +84,14 @@ def train(seed: int) -> None:
     if (folder / "run.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    options = {f"--data.{name}": str(value) for name, value in SETTINGS.items()} | TRAINING | {"--seed": str(seed)}
+    options = (
+        {
+            f"--data.{name}": str(value).lower() if isinstance(value, bool) else str(value)
+            for name, value in SETTINGS.items()
+        }
+        | TRAINING
+        | {"--seed": str(seed)}
+    )
     words = [word for pair in options.items() for word in pair]
     command = [
         sys.executable,

@@ -21,6 +21,7 @@ from skimage import data
 
 from saccade.apps.cli import COMMANDS, build_parser
 from saccade.apps.completion import parser_places
+from saccade.datasets import save_scenes, search_scenes
 from saccade.gaze import Scanpath, ScanpathSet, write_scanpaths
 
 PAGE = Path(__file__).with_name("cli.md")
@@ -30,9 +31,9 @@ INTRODUCTION = """# Command line
 
 Written by `python docs/record_cli.py`, which runs the commands below, one after the other, in a folder with `photos/`
 (two classes of small crops from pictures that scikit-image ships), `mixed/` (one of them, and a file that is no
-picture), `slides/` (a stained tissue of scikit-image on glass, as two small pyramids), and `human.csv` and
-`predicted.csv` (simulated scanpaths). Long screens are cut at `...`; times are those of the machine that recorded the
-page.
+picture), `slides/` (a stained tissue of scikit-image on glass, as two small pyramids), `human.csv` and `predicted.csv`
+(simulated scanpaths), and `search/` (drawn scenes with the boxes of their objects) with `viewers.csv` (simulated
+viewers). Long screens are cut at `...`; times are those of the machine that recorded the page.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 all done; 1 the run failed; 2 usage or
 configuration; 3 finished, some items failed; 4 something is missing on this machine; 130 interrupted.
@@ -102,6 +103,12 @@ SCREENS = {
             "saccade gaze metrics human.csv -q",
             "saccade gaze convert human.csv -o human.h5",
             "saccade gaze split human.csv --by image -o parts/",
+            "saccade fit -c gaze/oat --data.generated_scenes 60 --epochs 3 --name search",
+            "saccade gaze predict search/ -m runs/search --boxes search/boxes.csv --queries search/queries.csv "
+            "--samples 3 -o paths.csv",
+            "saccade gaze plot search/scene-0001.png --scanpath paths.csv --truth viewers.csv -o beside.png",
+            "saccade gaze features search/ --boxes search/boxes.csv --encoder test_resnet --random-weights "
+            "-o objects.h5",
         ],
     ),
     "list": (
@@ -152,6 +159,7 @@ def main(names: list[str]) -> None:
         write_pictures(folder)
         write_slides(folder)
         write_scanpaths_of(folder)
+        write_search(folder)
         for command in COMMANDS:
             heading = f"## {command.name}\n"
             if names and command.name not in names:
@@ -214,6 +222,13 @@ def write_scanpaths_of(folder: Path) -> None:
                         Scanpath(f"{image}.jpg", x, y, duration, subject, sample=sample, width=800, height=600)
                     )
         write_scanpaths(ScanpathSet.from_paths(paths), folder / f"{name}.csv")
+
+
+def write_search(folder: Path) -> None:
+    """Write ``search/``, drawn scenes with their boxes, and ``viewers.csv``, two simulated viewers."""
+    scenes, paths = search_scenes(3, viewers=2)
+    save_scenes(scenes, folder / "search")
+    write_scanpaths(paths, folder / "viewers.csv")
 
 
 def screen(call: str, folder: Path, longest: int | None) -> str:

@@ -16,9 +16,12 @@ EXAMPLES = {
 
 # name, one line, module of saccade.apps with add_arguments(parser) and run(args) -> int
 SUBCOMMANDS = (
+    ("predict", "scanpaths on images, by a trained model", "gaze_predict"),
+    ("plot", "pictures, heat maps and animations of scanpaths", "gaze_plot"),
     ("metrics", "scores of scanpaths beside human agreement and chance", "gaze_metrics"),
     ("convert", "scanpaths from one file format to another", "gaze_convert"),
     ("split", "training, validation and test parts that share no image, target or viewer", "gaze_split"),
+    ("features", "features of the objects in images, for training", "gaze_features"),
 )
 
 

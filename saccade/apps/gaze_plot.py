@@ -11,11 +11,11 @@ from saccade.errors import ConfigError
 if TYPE_CHECKING:
     from saccade.gaze.scanpath import ScanpathSet
 
-__all__ = ["add_plot_arguments", "run_plot"]
+__all__ = ["add_arguments", "run"]
 
 
-def add_plot_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of ``plot``."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
     parser.add_argument("image", metavar="IMAGE", help="the picture")
     parser.add_argument("--scanpath", required=True, metavar="FILE", help="paths in any format, e.g. of gaze predict")
     parser.add_argument("--truth", metavar="FILE", help="human paths, drawn beside them")
@@ -33,8 +33,8 @@ def add_plot_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--speed", type=float, default=1.0, metavar="F", help="of a *.gif (default: 1, as recorded)")
 
 
-def run_plot(args: argparse.Namespace) -> int:
-    """Run ``plot``."""
+def run(args: argparse.Namespace) -> int:
+    """Run the sub-command."""
     from PIL import Image
 
     from saccade.batch import atomic_path

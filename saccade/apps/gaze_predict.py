@@ -1,47 +1,23 @@
-"""``saccade gaze predict`` and ``features``: paths on images, and what models see of the objects in them."""
+"""``saccade gaze predict``: where people look on images, by a trained model."""
 
 from __future__ import annotations
 
 import argparse
 from typing import TYPE_CHECKING
 
+from saccade.apps.gaze_objects import add_box_options, add_encoder_options, box_source, encoder
 from saccade.apps.options import add_batch_options, add_input_options, batch_options
 from saccade.apps.screen import finish_run
 from saccade.errors import ConfigError
 
 if TYPE_CHECKING:
-    from saccade.gaze.object_boxes import BoxSource
-    from saccade.gaze.object_features import ObjectEncoder
     from saccade.gaze.prediction import Query
 
-__all__ = ["add_feature_arguments", "add_predict_arguments", "run_features", "run_predict"]
+__all__ = ["add_arguments", "run"]
 
 
-def add_box_options(parser: argparse.ArgumentParser) -> None:
-    """Add where the objects come from."""
-    group = parser.add_argument_group("objects")
-    source = group.add_mutually_exclusive_group(required=True)
-    source.add_argument("--boxes", metavar="FILE", help="table with image, x1, y1, x2, y2 in px, and label if known")
-    source.add_argument("--grid", metavar="ROWSxCOLS", help="equal cells, e.g. 6x14")
-    source.add_argument(
-        "--detector-weights", metavar="FILE", help="find them by torchvision's fasterrcnn_mobilenet_v3_large_320_fpn"
-    )
-    group.add_argument(
-        "--detector-threshold", type=float, default=0.5, metavar="F", help="least score of a detection (default: 0.5)"
-    )
-
-
-def add_encoder_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    """Add the encoder of the objects."""
-    group = parser.add_argument_group("encoder")
-    group.add_argument("--encoder", required=required, metavar="NAME", help="timm name, open_clip:MODEL[/TAG], ...")
-    group.add_argument("--encoder-weights", metavar="PATH", help="state dict, .safetensors or .pth")
-    group.add_argument("--pretrained", action="store_true", help="allow timm to download its weights")
-    group.add_argument("--random-weights", action="store_true", help="run although the encoder has no trained weights")
-
-
-def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of ``predict``."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
     add_input_options(parser, out_help="*.csv, *.h5 or another format of scanpaths")
     parser.add_argument("-m", "--model", required=True, metavar="RUN", help="run folder or *.ckpt of fit -c gaze/oat")
     add_box_options(parser)
@@ -63,8 +39,8 @@ def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
     add_batch_options(parser)
 
 
-def run_predict(args: argparse.Namespace) -> int:
-    """Run ``predict``."""
+def run(args: argparse.Namespace) -> int:
+    """Run the sub-command."""
     from saccade.gaze.prediction import Strategy, predict_scanpaths
 
     strategy = Strategy(
@@ -90,18 +66,6 @@ def run_predict(args: argparse.Namespace) -> int:
     return finish_run(summary, as_json=args.json)
 
 
-def box_source(args: argparse.Namespace) -> BoxSource:
-    """Return where the objects come from."""
-    from saccade.gaze.object_boxes import boxes_by_detector, boxes_on_grid, read_boxes
-    from saccade.gaze.scenes import parse_grid
-
-    if args.boxes is not None:
-        return read_boxes(args.boxes)
-    if args.grid is not None:
-        return boxes_on_grid(*parse_grid(args.grid))
-    return boxes_by_detector(args.detector_weights, threshold=args.detector_threshold)
-
-
 def queries(args: argparse.Namespace) -> Query | dict[str, list[Query]] | None:
     """Return what is looked for."""
     from saccade.gaze.object_features import clip_text_features
@@ -115,49 +79,3 @@ def queries(args: argparse.Namespace) -> Query | dict[str, list[Query]] | None:
         (features,) = clip_text_features(args.encoder, [args.task_text], weights=args.encoder_weights)
         return Query(task=args.task_text, features=features)
     return None if args.target is None else Query(target=args.target)
-
-
-def encoder(args: argparse.Namespace) -> ObjectEncoder | None:
-    """Load the encoder of the objects, if one was named."""
-    from saccade.batch import resolve_device
-    from saccade.gaze.object_features import ObjectEncoder
-    from saccade.vision_backbones import ModelSource, load_model
-    from saccade.vision_backbones.features import feature_function
-
-    if args.encoder is None:
-        return None
-    loaded = load_model(
-        ModelSource(
-            args.encoder,
-            weights=args.encoder_weights,
-            pretrained=args.pretrained,
-            random_weights=args.random_weights,
-        ),
-        seed=args.seed,
-    )
-    device = resolve_device(args.device)
-    loaded.model.to(device)
-    function = feature_function(loaded.model, layer=None, pool=None)
-    return ObjectEncoder(function, loaded.data_config, name=args.encoder, device=device)
-
-
-def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of ``features``."""
-    add_input_options(parser, out_help="*.h5, for --data.features of fit")
-    add_box_options(parser)
-    add_encoder_options(parser, required=True)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of random weights (default: 0)")
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
-
-
-def run_features(args: argparse.Namespace) -> int:
-    """Run ``features``."""
-    from saccade.gaze.object_features import encode_objects
-
-    loaded = encoder(args)
-    if loaded is None:  # argparse insists on the option
-        raise ConfigError("--encoder is missing.")
-    done = encode_objects(args.inputs, boxes=box_source(args), encoder=loaded, out=args.out, overwrite=args.overwrite)
-    print(f"{args.out}: {done.objects} objects in {done.images} images, {done.width} numbers each by {loaded.name}")
-    return 0

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from saccade.datasets.corruptions import CORRUPTIONS as CORRUPTIONS
     from saccade.datasets.corruptions import corrupt as corrupt
     from saccade.datasets.digits import DigitsData as DigitsData
+    from saccade.datasets.drawn_search import save_scenes as save_scenes
     from saccade.datasets.drawn_search import search_scenes as search_scenes
     from saccade.datasets.folder import ImageFolderData as ImageFolderData
     from saccade.datasets.idx import IDXData as IDXData
@@ -32,6 +33,7 @@ LAZY = {
     "corrupt": "corruptions",
     "read_idx": "idx",
     "read_image": "images",
+    "save_scenes": "drawn_search",
     "search_scenes": "drawn_search",
 }
 
@@ -47,6 +49,7 @@ __all__ = [
     "corrupt",
     "read_idx",
     "read_image",
+    "save_scenes",
     "search_scenes",
 ]
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from saccade.batch import write_table
 from saccade.errors import ConfigError
 from saccade.gaze.scanpath import Scanpath, ScanpathSet
 
-__all__ = ["DrawnScene", "search_scenes"]
+__all__ = ["DrawnScene", "save_scenes", "search_scenes"]
 
 COLOURS = {"red": (214, 60, 60), "blue": (60, 90, 214), "green": (50, 160, 80), "orange": (235, 160, 40)}
 SHAPES = ("circle", "square", "triangle", "cross")
@@ -40,9 +43,15 @@ class DrawnScene:
     target: int
 
     @property
+    def labels(self) -> list[str]:
+        """Colour and shape of each object, e.g. ``"red circle"``."""
+        pairs = zip(self.colour.tolist(), self.shape.tolist(), strict=True)
+        return [f"{list(COLOURS)[colour]} {SHAPES[shape]}" for colour, shape in pairs]
+
+    @property
     def task(self) -> str:
-        """What to look for, e.g. ``"red circle"``."""
-        return f"{list(COLOURS)[self.colour[self.target]]} {SHAPES[self.shape[self.target]]}"
+        """What to look for: the label of the target."""
+        return self.labels[self.target]
 
 
 def search_scenes(count: int, *, viewers: int = 3, seed: int = 0) -> tuple[list[DrawnScene], ScanpathSet]:
@@ -70,6 +79,25 @@ def search_scenes(count: int, *, viewers: int = 3, seed: int = 0) -> tuple[list[
         for viewer in range(viewers):
             paths.append(look_for_target(scene, viewer, np.random.default_rng([seed, 1, index, viewer])))
     return scenes, ScanpathSet.from_paths(paths)
+
+
+def save_scenes(scenes: Sequence[DrawnScene], folder: str | Path) -> None:
+    """Write the pictures, and ``boxes.csv`` and ``queries.csv`` as ``saccade gaze predict`` reads them.
+
+    Args:
+        scenes: Drawn scenes.
+        folder: Created if need be.
+    """
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    boxes, queries = [], []
+    for scene in scenes:
+        scene.image.save(place / scene.name)
+        for box, label in zip(scene.boxes.tolist(), scene.labels, strict=True):
+            boxes.append(dict(zip(("image", "x1", "y1", "x2", "y2", "label"), (scene.name, *box, label), strict=True)))
+        queries.append({"image": scene.name, "target": scene.task})
+    write_table(place / "boxes.csv", boxes)
+    write_table(place / "queries.csv", queries)
 
 
 def draw_scene(index: int, seed: int) -> DrawnScene:
