@@ -86,7 +86,8 @@ def branches(case: Case) -> int | None:
 def fan(case: Case) -> None:
     """A tiny FAN behind convolutions or ConvNeXt stages."""
     config, stem = case.config, case.entry["backbone"]
-    same = ("patch_size", "depth", "num_heads", "eta", "tokens_norm", "num_classes", "mlp_ratio", "hybrid_patch_size")
+    same = ["patch_size", "depth", "num_heads", "mlp_ratio", "eta", "hybrid_patch_size"]
+    same += ["cls_attn_layers", "tokens_norm", "num_classes"]
     options = {name: config[name] for name in same if name in config}
     if config.get("c_head_num") is not None:
         options["channel_heads"] = config["c_head_num"]
@@ -145,16 +146,16 @@ def scheme_weight(key: str, like: Tensor, scheme: str) -> Tensor:
 def full_size(case: Case) -> None:
     """A registered model with weights made from their names: keys, shapes, number of weights, ADL, logits."""
     document = case.document()
-    name, options = (
-        document["name"],
-        {"num_scales": document["config"]["num_scales"]} if "tap" in document["name"] else {},
-    )
-    model = timm.create_model(name, num_classes=document["config"]["num_classes"], **options).eval()
+    name, config = document["name"], document["config"]
+    options = {"num_scales": config["num_scales"]} if name.startswith("tap_") else {}
+    if "rvt" in name:
+        options["compat"] = True
+    model = timm.create_model(name, num_classes=config["num_classes"], **options).eval()
     assert sum(p.numel() for p in model.parameters()) == document["params"]
     own = model.state_dict()
     described = [[key, list(value.shape), str(value.dtype).removeprefix("torch.")] for key, value in own.items()]
     assert sorted(described) == sorted(document["keys"])
-    side = document["config"]["img_size"]
+    side = config["img_size"]
     b, c, h, w = (torch.arange(1.0, n + 1) for n in (2, 3, side, side))
     image = torch.sin(0.01 * c[:, None, None] * h[:, None] + 0.02 * b[:, None, None, None] * w)
     for scheme, facts in document["schemes"].items():

@@ -234,6 +234,28 @@ def test_channels_last(name):
         assert relative(last(x.contiguous(memory_format=torch.channels_last)), expected) < 1e-5
 
 
+def mirrored(model):
+    """Return a model whose kernels are mirrored at the diagonal: what it sees of an image, ours sees of its mirror."""
+    mirror = copy.deepcopy(model)
+    with torch.no_grad():
+        for module in mirror.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.copy_(module.weight.transpose(2, 3).clone())
+    return mirror
+
+
+@BOTH
+def test_rows_and_columns_are_told_apart(name):
+    """An image and its mirror give the same logits if the kernels are mirrored, and the words for rows and columns."""
+    model, x = small(name), randn(2, 3, 64, 160)
+    mirror = mirrored(model)
+    with torch.no_grad():
+        rows, columns = model.pos_embed.token_projection.weight.chunk(2, 1)
+        mirror.pos_embed.token_projection.weight.copy_(torch.cat([columns, rows], 1))
+        assert relative(mirror(x.transpose(2, 3)), model(x)) < 1e-4
+        assert relative(model(x.transpose(2, 3)), model(x)) > 1e-2
+
+
 @pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("free", ["batch", "size"])

@@ -17,7 +17,7 @@ from saccade.vision_backbones.diversity import DiversityCollector
 from saccade.vision_backbones.rvt import RVT
 from saccade.vision_backbones.rvt_blocks import Attention, resize_mask
 from tests.helpers import assert_close, randn
-from tests.vision_backbones.test_fan import check_compile, check_onnx, moved, relative
+from tests.vision_backbones.test_fan import check_compile, check_onnx, mirrored, moved, relative
 
 SMALL = {"base_dims": (8, 8), "depth": (2, 1), "heads": (2, 4), "masked_blocks": 1, "num_classes": 5}
 FLAT = {"base_dims": (8,), "depth": (3,), "heads": (3,), "num_classes": 5}
@@ -147,6 +147,20 @@ def test_published_size_of_the_released_weights():
     with torch.device("meta"):
         model = timm.create_model("tap_rvt_base", masked_blocks=12, mlp_type="linear")
     assert sum(p.numel() for p in model.parameters()) == 92_089_288
+
+
+@pytest.mark.parametrize("grid", [(4, 10), (3, 5)])
+def test_rows_and_columns_are_told_apart(grid):
+    """An image and its mirror give the same logits if the kernels are mirrored, and the masks."""
+    model, x = small(mask_grid=grid), randn(2, 3, 64, 160)
+    mirror = mirrored(model)
+    attn = mirror.transformers[0].blocks[0].attn
+    with torch.no_grad():
+        attn.mask_grid = grid[::-1]
+        mask = attn.att_mask.unflatten(2, grid).unflatten(1, grid).transpose(1, 2).transpose(3, 4)
+        attn.att_mask.copy_(mask.flatten(3).flatten(1, 2))
+        assert relative(mirror(x.transpose(2, 3)), model(x)) < 1e-4
+        assert relative(model(x.transpose(2, 3)), model(x)) > 1e-2
 
 
 def test_stochastic_depth_rises_and_stays_below_the_rate():
