@@ -6,6 +6,12 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from saccade.datasets.bag_data import BagData as BagData
+    from saccade.datasets.bag_files import Bag as Bag
+    from saccade.datasets.bag_files import find_bags as find_bags
+    from saccade.datasets.bag_files import load_bag as load_bag
+    from saccade.datasets.bag_files import load_bags as load_bags
+    from saccade.datasets.bag_files import save_bag as save_bag
     from saccade.datasets.corruptions import CORRUPTIONS as CORRUPTIONS
     from saccade.datasets.corruptions import corrupt as corrupt
     from saccade.datasets.digits import DigitsData as DigitsData
@@ -24,6 +30,8 @@ if TYPE_CHECKING:
 LAZY = {
     "CORRUPTIONS": "corruptions",
     "Augmentation": "image_data",
+    "Bag": "bag_files",
+    "BagData": "bag_data",
     "DigitsData": "digits",
     "IDXData": "idx",
     "ImageData": "image_data",
@@ -31,15 +39,21 @@ LAZY = {
     "Preprocess": "image_data",
     "ScanpathData": "scanpaths",
     "corrupt": "corruptions",
+    "find_bags": "bag_files",
+    "load_bag": "bag_files",
+    "load_bags": "bag_files",
     "read_idx": "idx",
     "read_image": "images",
     "save_scenes": "drawn_search",
     "search_scenes": "drawn_search",
+    "save_bag": "bag_files",
 }
 
 __all__ = [
     "CORRUPTIONS",
     "Augmentation",
+    "Bag",
+    "BagData",
     "DigitsData",
     "IDXData",
     "ImageData",
@@ -47,10 +61,14 @@ __all__ = [
     "Preprocess",
     "ScanpathData",
     "corrupt",
+    "find_bags",
+    "load_bag",
+    "load_bags",
     "read_idx",
     "read_image",
     "save_scenes",
     "search_scenes",
+    "save_bag",
 ]
 
 

@@ -1,9 +1,9 @@
 """Whole slides: bags of tiles, models that classify them, and where those models look."""
 
+from saccade.datasets.bag_files import Bag, find_bags, load_bag, load_bags, save_bag, save_clam, save_trident
 from saccade.mil.abmil import ABMIL
 from saccade.mil.acmil import ACMILGA, ACMILMHA
 from saccade.mil.aem import attention_entropy_maximization
-from saccade.mil.bags import Bag, find_bags, load_bag, load_bags, save_bag, save_clam, save_trident
 from saccade.mil.clam import CLAMMB, CLAMSB
 from saccade.mil.dsmil import DSMIL
 from saccade.mil.encoders import Encoder, load_encoder, wrap_model

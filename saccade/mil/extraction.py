@@ -28,8 +28,8 @@ from saccade.batch import (
     resolve_device,
     resolve_precision,
 )
+from saccade.datasets.bag_files import Bag, save_bag
 from saccade.errors import ConfigError, DataError
-from saccade.mil.bags import Bag, save_bag
 from saccade.mil.encoders import Encoder
 from saccade.mil.geojson import tissue_from_geojson, write_polygons
 from saccade.mil.slide import Slide

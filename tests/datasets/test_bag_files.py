@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saccade.errors import ConfigError, DataError
-from saccade.mil import Bag, find_bags, load_bag, load_bags, save_bag, save_clam, save_trident
+from saccade.datasets.bag_files import Bag, find_bags, load_bag, load_bags, save_bag, save_clam, save_trident
 
 RNG = np.random.default_rng(0)
 
