@@ -91,6 +91,7 @@ SCREENS = {
         [
             "saccade slides info slides/",
             "saccade slides run slides/ -o bags/ --mpp 0.5 --tile-px 128 -m stain-texture",
+            "saccade slides split cases.csv -o splits/ --folds 2 --stratify label",
         ],
     ),
     "merge": ("Unites the outputs of `--shard` runs.", ["saccade merge features.h5"]),
@@ -191,6 +192,8 @@ def write_slides(folder: Path) -> None:
     """Write ``slides/`` with two pyramids of stained tissue on glass; the second does not say its resolution."""
     tissue = data.immunohistochemistry()
     (folder / "slides").mkdir()
+    lines = [f"s{index},{'normal' if index % 2 else 'tumour'},p{index // 2}" for index in range(16)]
+    (folder / "cases.csv").write_text("\n".join(["slide,label,patient", *lines]) + "\n", encoding="utf-8")
     for name, tags in (("case.tif", {"resolution": (2e4, 2e4), "resolutionunit": "CENTIMETER"}), ("unknown.tif", {})):
         glass = np.full((1024, 1280, 3), 243, np.uint8)
         glass[256:768, 384:896] = tissue

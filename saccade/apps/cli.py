@@ -52,7 +52,7 @@ COMMANDS: tuple[Command, ...] = (
     Command(
         "robustness", "Run on your files", "accuracy under corruption and shift (ImageNet-C, -P, -A, ...)", "robustness"
     ),
-    Command("slides", "Run on your files", "whole slides: tissue, tiles, features", "slides"),
+    Command("slides", "Run on your files", "whole slides: tissue, tiles, features, training, prediction", "slides"),
     Command("merge", "Run on your files", "unite the outputs of --shard runs", "merge"),
     Command("gaze", "Gaze", "scanpaths: metrics, conversion, splits", "gaze"),
     Command("list", "Catalogue", "models, operators, metrics, configs", "list_command"),

@@ -33,12 +33,13 @@ EXAMPLES = {
         "saccade fit -c image/digits_resnet10 --epochs 5 --lr 2e-3",
     ]
 }
-TASKS = {"gaze": "gaze/oat", "image": "image/finetune"}
+TASKS = {"gaze": "gaze/oat", "image": "image/finetune", "slides": "slides/acmil"}
 INTERRUPTED, TERMINATED = 130, 143
 FOLDER_VARIABLE = "SACCADE_RUN_FOLDER"
 NEW_RUN_ONLY = (
     "model.class_path",
     "model.backbone",
+    "model.model",
     "model.optimizer.class_path",
     "model.freeze",
     "model.ema_decay",

@@ -22,6 +22,7 @@ import saccade.datasets.digits
 import saccade.datasets.folder
 import saccade.datasets.idx
 import saccade.gaze.predictor
+import saccade.mil.classifier
 import saccade.vision_backbones.classifier
 import saccade.vision_backbones.robust_classifier  # these imports make the classes known by their short names  # noqa: F401
 from saccade.apps.config_errors import (
@@ -36,6 +37,7 @@ from saccade.apps.config_errors import (
     split_options,
 )
 from saccade.checkpoints import read_checkpoint
+from saccade.datasets.bag_data import BagData
 from saccade.datasets.image_data import Augmentation, ImageData, Preprocess, Split
 from saccade.datasets.scanpaths import ScanpathData
 from saccade.errors import ConfigError
@@ -152,7 +154,7 @@ class SaccadeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Complete the config before anything is built: the backbone's preprocessing, paths, classes."""
         model, data = self.config.model.init_args, self.config.data.init_args
-        for name in ("root", "images", "features"):
+        for name in ("root", "images", "features", "labels", "split"):
             if data.get(name) is not None:  # so that the checkpoint can be tested from another working directory
                 data[name] = str(Path(data[name]).expanduser().absolute())
         if "backbone" in model:
@@ -201,8 +203,9 @@ class SaccadeCLI(LightningCLI):
 
     @property
     def title(self) -> str:
-        """Class and backbone, e.g. ``"ImageClassifier/resnet18"``."""
-        backbone = self.config.model.init_args.get("backbone")
+        """Class and backbone or model, e.g. ``"ImageClassifier/resnet18"``."""
+        arguments = self.config.model.init_args
+        backbone = arguments.get("backbone") or arguments.get("model")
         name = type(self.model).__name__
         return f"{name}/{backbone}" if backbone else name
 
@@ -216,6 +219,9 @@ class SaccadeCLI(LightningCLI):
         """Return the name of the data and the number of samples in each split."""
         root = self.config.data.init_args.get("root")
         name = type(self.datamodule).__name__ if root is None else Path(root).name
+        if isinstance(self.datamodule, BagData):
+            counts = ", ".join(f"{len(self.datamodule.part(split)):,} {split}" for split in splits)
+            return f"{name}: {counts} slides"
         if not isinstance(self.datamodule, ImageData | ScanpathData):
             return name
         counts = ", ".join(f"{len(self.datamodule.samples(split)):,} {split}" for split in splits)

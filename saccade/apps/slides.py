@@ -1,4 +1,4 @@
-"""``saccade slides``: from scanner files to bags of features."""
+"""``saccade slides``: from scanner files to bags of features, and from bags to classified slides."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from saccade.apps.options import add_batch_options, add_input_options, batch_options
 from saccade.apps.screen import finish_run, table_lines
+from saccade.apps.slides_training import TRAINING, add_training_actions
 
 if TYPE_CHECKING:
     from saccade.mil import Encoder, TileOptions, TissueOptions
@@ -24,7 +25,7 @@ EXAMPLES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="info|segment|tile|embed|run")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     info = actions.add_parser("info", help="format, size, levels and resolution of slides")
     info.add_argument("inputs", nargs="+", metavar="SLIDE", help="files, folders, globs, @list.txt, or -")
     info.add_argument("--slide-mpp", type=float, metavar="F", help="resolution of slides that do not say it, um/px")
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name in ("embed", "run"):
             add_encoder_options(action)
         add_batch_options(action)
+    add_training_actions(actions)
 
 
 def add_slide_options(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +93,8 @@ def add_encoder_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    if args.action in TRAINING:
+        return TRAINING[args.action](args)
     if args.action == "info":
         return info(args)
     from saccade.mil.extraction import extract

@@ -66,9 +66,9 @@ __all__ = [
     "load_bags",
     "read_idx",
     "read_image",
+    "save_bag",
     "save_scenes",
     "search_scenes",
-    "save_bag",
 ]
 
 

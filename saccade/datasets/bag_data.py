@@ -158,7 +158,7 @@ class BagData(LightningDataModule):
 
     def __init__(
         self,
-        root: str,
+        root: str | None = None,
         labels: str | None = None,
         label_column: str = "label",
         task: Task = "classification",
@@ -176,6 +176,8 @@ class BagData(LightningDataModule):
         super().__init__()
         if batch_size < 1 or (max_instances is not None and max_instances < 1):
             raise ConfigError(f"batch_size and max_instances must be at least 1; got {batch_size}, {max_instances}.")
+        if root is None:
+            raise ConfigError("No bags given. Pass --data.root FOLDER (one bag file per slide).")
         self.files = find_bags(root)
         self.root, self.labels, self.task = root, labels, task
         self.label_column, self.batch_size, self.num_workers = label_column, batch_size, num_workers
@@ -209,13 +211,15 @@ class BagData(LightningDataModule):
         given = {slide.id: slide.values["split"] for slide in self.slides if slide.values.get("split")}
         if given:
             return given
-        labels = [slide.values.get(self.label_column, "") for slide in self.slides]
+        labels = None
+        if self.task == "classification":
+            labels = [self.cell(slide, self.label_column) for slide in self.slides]
         folds = max(2, round(1 / self.val_fraction))
         return make_folds(
             ids,
             folds=folds,
             groups=[slide.patient for slide in self.slides],
-            labels=labels if self.task == "classification" else None,
+            labels=labels,
             val_fraction=self.val_fraction,
             seed=self.seed,
         )[0]

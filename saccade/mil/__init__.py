@@ -1,5 +1,10 @@
 """Whole slides: bags of tiles, models that classify them, and where those models look."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
 from saccade.datasets.bag_files import Bag, find_bags, load_bag, load_bags, save_bag, save_clam, save_trident
 from saccade.mil.abmil import ABMIL
 from saccade.mil.acmil import ACMILGA, ACMILMHA
@@ -8,6 +13,7 @@ from saccade.mil.clam import CLAMMB, CLAMSB
 from saccade.mil.dsmil import DSMIL
 from saccade.mil.encoders import Encoder, load_encoder, wrap_model
 from saccade.mil.extraction import extract, find_slides
+from saccade.mil.inference import TrainedClassifier, load_classifier, predict_bags
 from saccade.mil.instance_pooling import MaxPooling, MeanPooling
 from saccade.mil.loading import load_model
 from saccade.mil.model import MILModel, MILOutput, create_model, models
@@ -15,6 +21,9 @@ from saccade.mil.slide import Slide
 from saccade.mil.tiles import TileGrid, TileOptions, make_grid
 from saccade.mil.tissue import Polygon, Tissue, TissueOptions, find_tissue
 from saccade.mil.transmil import TransMIL
+
+if TYPE_CHECKING:
+    from saccade.mil.classifier import SlideClassifier as SlideClassifier
 
 __all__ = [
     "ABMIL",
@@ -31,10 +40,12 @@ __all__ = [
     "MeanPooling",
     "Polygon",
     "Slide",
+    "SlideClassifier",
     "TileGrid",
     "TileOptions",
     "Tissue",
     "TissueOptions",
+    "TrainedClassifier",
     "TransMIL",
     "attention_entropy_maximization",
     "create_model",
@@ -44,12 +55,21 @@ __all__ = [
     "find_tissue",
     "load_bag",
     "load_bags",
+    "load_classifier",
     "load_encoder",
     "load_model",
     "make_grid",
     "models",
+    "predict_bags",
     "save_bag",
     "save_clam",
     "save_trident",
     "wrap_model",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Look up what needs Lightning on first use: reading slides must not import it."""
+    if name != "SlideClassifier":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module("saccade.mil.classifier").SlideClassifier

@@ -28,6 +28,7 @@ from saccade.mil.survival import concordance_index, cox_loss, discrete_hazard_lo
 __all__ = ["SlideClassifier"]
 
 DEFAULT_LR = 1e-4
+DEFAULT_WIDTH = 1024
 DEFAULT_WEIGHT_DECAY = 1e-5
 
 
@@ -44,7 +45,8 @@ class SlideClassifier(LightningModule):
             ``dsmil``, ``mean``, ``max``.
         num_classes: Classes; 1 for a value; intervals of time for survival.
         class_names: Names by class index.
-        data_config: What ``BagData`` says of the bags: ``feature_dim``, ``task``, standardisation, time edges.
+        data_config: What ``BagData`` says of the bags: ``feature_dim``, ``task``, standardisation, time edges;
+            ``None`` means features of width 1024 for classification.
         options: Further arguments of the model.
         survival: ``"discrete"`` (hazards in intervals) or ``"cox"`` (needs several bags a step).
         class_weights: Weight of each class, or ``"balanced"``: inverse to its frequency in training.
@@ -73,9 +75,7 @@ class SlideClassifier(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["optimizer", "scheduler"])
-        self.data_config = data_config or {}
-        if "feature_dim" not in self.data_config:
-            raise ConfigError("SlideClassifier needs data_config with feature_dim; BagData gives it.")
+        self.data_config = data_config or {"feature_dim": DEFAULT_WIDTH}
         self.task = self.data_config.get("task", "classification")
         self.survival = survival
         if self.task != "classification" and model.startswith(("clam", "dsmil")):

@@ -24,26 +24,30 @@ def classification_metrics(probabilities: Array, target: Array) -> dict[str, flo
         Values by name; AUROC is the mean over the classes for which there are slides in and out of the class, NaN if
         there is none.
     """
-    import warnings
-
-    from sklearn.metrics import balanced_accuracy_score, cohen_kappa_score, f1_score, roc_auc_score
-
     count = probabilities.shape[1]
     predicted = probabilities.argmax(1)
-    present = [c for c in range(count) if 0 < (target == c).sum() < len(target)]
-    areas = [roc_auc_score(target == c, probabilities[:, c]) for c in present]
-    if count == 2:  # both classes have one curve
-        areas = areas[-1:]
-    one_class = len(set(target.tolist()) | set(predicted.tolist())) < 2
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a small split may lack a class; what is not defined is NaN here
-        return {
-            "acc": float((predicted == target).mean()),
-            "f1_macro": float(f1_score(target, predicted, labels=np.unique(target), average="macro", zero_division=0)),
-            "balanced_acc": float(balanced_accuracy_score(target, predicted)),
-            "auroc": float(np.mean(areas)) if areas else float("nan"),
-            "kappa": float("nan") if one_class else float(cohen_kappa_score(target, predicted, labels=range(count))),
-        }
+    confusion = np.bincount(target * count + predicted, minlength=count * count).reshape(count, count)
+    total, hits, true, said = confusion.sum(), np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    there = true > 0
+    chance = float((true * said).sum() / total**2)
+    classes = range(1, count) if count == 2 else range(count)  # two classes have one curve
+    areas = [area_under_roc(probabilities[:, c], target == c) for c in classes if 0 < true[c] < total]
+    return {
+        "acc": float(hits.sum() / total),
+        "f1_macro": float(np.mean(2 * hits[there] / (true + said)[there])),
+        "balanced_acc": float(np.mean(hits[there] / true[there])),
+        "auroc": float(np.mean(areas)) if areas else float("nan"),
+        "kappa": float((hits.sum() / total - chance) / (1 - chance)) if chance < 1 else float("nan"),
+    }
+
+
+def area_under_roc(scores: Array, positive: NDArray[np.bool_]) -> float:
+    """Return the share of pairs in which the positive has the higher score, ties counting half (Mann and Whitney)."""
+    from scipy.stats import rankdata
+
+    count = int(positive.sum())
+    ranks = rankdata(scores)[positive].sum()
+    return float((ranks - count * (count + 1) / 2) / (count * (len(scores) - count)))
 
 
 def regression_metrics(predicted: Array, target: Array) -> dict[str, float]:

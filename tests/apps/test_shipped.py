@@ -10,6 +10,7 @@ from saccade.apps.cli import main
 from saccade.apps.lightning_cli import check_config
 from saccade.apps.shipped import config_path, list_configs
 from saccade.errors import ConfigError
+from tests.bag_folders import write_bags
 from tests.class_folders import write_folder
 from tests.datasets.test_idx import write_pair
 
@@ -28,7 +29,10 @@ def test_one_batch(name, tmp_path, monkeypatch):
     for prefix in ("train", "t10k"):
         write_pair(tmp_path / "data", prefix, 32)
     own_data = ("DigitsData", "ScanpathData")
+    write_bags(tmp_path)
     root = [] if any(data in config_path(name).read_text() for data in own_data) else ["--data.root", "data"]
+    if "BagData" in config_path(name).read_text():
+        root = ["--data.root", "bags", "--data.labels", "labels.csv"]
     assert main(["fit", "-c", name, *root, "--trainer.fast_dev_run", "true", "-j", "0", "-q"]) == 0
 
 

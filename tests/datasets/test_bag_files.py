@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from saccade.errors import ConfigError, DataError
 from saccade.datasets.bag_files import Bag, find_bags, load_bag, load_bags, save_bag, save_clam, save_trident
+from saccade.errors import ConfigError, DataError
 
 RNG = np.random.default_rng(0)
 

@@ -1,0 +1,40 @@
+"""``saccade slides split|train|predict`` one after the other, as a user would."""
+
+import csv
+
+from saccade.apps.cli import main
+from tests.bag_folders import write_bags
+
+
+def test_from_labels_to_predictions(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_bags(tmp_path)
+    folds = "slides split labels.csv -o splits --folds 3 --group patient --stratify label"
+    assert main(folds.split()) == 0
+    assert "splits/fold2.csv" in capsys.readouterr().out
+    train = "slides train bags --labels labels.csv --split splits/fold0.csv --model abmil --epochs 2 --patience 5"
+    assert main(train.split()) == 0
+    shown = capsys.readouterr().out
+    assert "class_path: saccade.mil.SlideClassifier" in shown
+    assert "EarlyStopping" in shown
+    assert main(["test", "runs/abmil", "-q"]) == 0
+    assert "test/auroc" in capsys.readouterr().out
+    assert (
+        main(["slides", "predict", "bags", "-m", "runs/abmil", "-o", "predictions.csv", "--attention", "att", "-q"])
+        == 0
+    )
+    with (tmp_path / "predictions.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 24
+    assert len(list((tmp_path / "att").glob("*.h5"))) == 24
+
+
+def test_mistakes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_bags(tmp_path)
+    for folder in ("features/a/UNI", "features/a/CONCH"):
+        (tmp_path / "out" / folder).mkdir(parents=True)
+    assert main(["slides", "train", "out", "--labels", "labels.csv", "-q"]) == 2
+    assert "several sets of features" in capsys.readouterr().err
+    assert main(["slides", "split", "labels.csv", "-o", "s", "--stratify", "colour"]) == 2
+    assert "nothing in column 'colour'" in capsys.readouterr().err
