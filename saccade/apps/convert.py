@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from saccade.errors import ConfigError
+
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
 EXAMPLES = {
@@ -19,16 +21,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", metavar="CHECKPOINT", help=".pth, .pt, .safetensors; or a training checkpoint *.ckpt or run folder"
     )
-    parser.add_argument("-m", "--model", metavar="NAME", help="timm name; a *.ckpt knows its own")
+    parser.add_argument("-m", "--model", metavar="NAME", help="timm name, or oat; a *.ckpt of saccade knows its own")
+    parser.add_argument("--position-table", metavar="FILE", help="of -m oat: the R x P table, .npy, .csv or .pt")
     parser.add_argument("-o", "--out", required=True, metavar="FILE", help="*.safetensors")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    if args.model == "oat":
+        return convert_scanpath_model(args)
+    if args.position_table is not None:
+        raise ConfigError("--position-table belongs to -m oat.")
     from saccade.vision_backbones import convert_checkpoint
 
     done = convert_checkpoint(args.source, model=args.model, out=args.out, overwrite=args.overwrite)
     classes = f"{done.num_classes} classes" if done.num_classes else "no classifier"
     print(f"{args.out}: {done.model}, {len(done.report.matched)} keys, {classes}; none missing, unexpected or reshaped")
+    return 0
+
+
+def convert_scanpath_model(args: argparse.Namespace) -> int:
+    """Convert official weights of OAT."""
+    from saccade.gaze.convert import convert_oat
+
+    if args.position_table is None:
+        raise ConfigError("Official OAT checkpoints lack the position table: name its file with --position-table.")
+    done = convert_oat(args.source, table=args.position_table, out=args.out, overwrite=args.overwrite)
+    shape = f"width {done.options['width']}, {done.options['encoder_layers']} + {done.options['decoder_layers']} layers"
+    print(f"{args.out}: oat, {shape}, {len(done.report.matched)} keys; none missing, unexpected or reshaped")
     return 0

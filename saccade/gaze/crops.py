@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from PIL import Image
@@ -12,7 +14,7 @@ from saccade.errors import DataError
 __all__ = ["cut_crops"]
 
 
-def cut_crops(image: Image.Image, boxes: Tensor, size: int | tuple[int, int]) -> Tensor:
+def cut_crops(image: Image.Image, boxes: Tensor, size: int | Sequence[int]) -> Tensor:
     """Cut boxes out of an image, each resized to one size whatever its shape.
 
     Args:

@@ -1,10 +1,15 @@
 """OAT: scenes of any size in one batch, what the options change, weights in and out."""
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from saccade.apps.cli import main
 from saccade.checkpoints import load_weights
 from saccade.errors import CheckpointError, ConfigError, ShapeError
+from saccade.gaze import load_predictor
+from saccade.gaze.convert import read_position_table
 from saccade.gaze.oat import OAT
 from saccade.gaze.scenes import SceneBatch, box_positions, grid_boxes, grid_scene, stack_scenes
 from tests.gaze.oat_cases import padded, ragged_scenes, small_oat
@@ -154,3 +159,37 @@ def test_mixed_scenes_are_refused():
         stack_scenes([grid, seen])
     with pytest.raises(ShapeError, match=r"SceneBatch.valid must be \(1, 2\)"):
         SceneBatch(grid.position, grid.valid[:, :1], grid.start, grid.target)
+
+
+def test_convert_command_writes_what_prediction_loads(tmp_path, capsys):
+    source = small_oat(width=32, heads=4, seen="crops", pyramid_levels=2, position="table", position_columns=6)
+    torch.save({"state_dict": official_state(source)}, tmp_path / "official.ckpt")
+    torch.save({"table": randn(4, 6)}, tmp_path / "table.pt")
+    words = ["convert", str(tmp_path / "official.ckpt"), "-m", "oat", "-o", str(tmp_path / "oat.safetensors")]
+    assert main(words) == 2
+    assert "name its file with --position-table" in capsys.readouterr().err
+    assert main([*words, "--position-table", str(tmp_path / "table.pt")]) == 0
+    assert "oat, width 32, 1 + 2 layers" in capsys.readouterr().out
+    loaded = load_predictor(tmp_path / "oat.safetensors")
+    assert torch.equal(loaded.model.position.table, randn(4, 6))
+    assert torch.equal(loaded.model.readout.weight, source.readout.weight)
+    assert loaded.features == {"kind": "crops", "crop_size": [150, 93]}
+    del (state := official_state(source))["model.readout.weight"]
+    torch.save(state, tmp_path / "official.ckpt")
+    assert main([*words, "--position-table", str(tmp_path / "table.pt"), "--overwrite"]) == 1
+    assert "readout.weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".csv", ".safetensors"])
+def test_position_tables_are_read(tmp_path, suffix):
+    table, path = randn(3, 5), tmp_path / f"table{suffix}"
+    if suffix == ".npy":
+        np.save(path, table.numpy())
+    elif suffix == ".csv":
+        np.savetxt(path, table.numpy(), delimiter=",")
+    else:
+        save_file({"table": table}, path)
+    assert_close(read_position_table(path), table)
+    np.save(tmp_path / "flat.npy", np.zeros(4))
+    with pytest.raises(ConfigError, match=r"has shape \(4,\), expected \(R, P\)"):
+        read_position_table(tmp_path / "flat.npy")
