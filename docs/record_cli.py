@@ -32,8 +32,9 @@ INTRODUCTION = """# Command line
 Written by `python docs/record_cli.py`, which runs the commands below, one after the other, in a folder with `photos/`
 (two classes of small crops from pictures that scikit-image ships), `mixed/` (one of them, and a file that is no
 picture), `slides/` (a stained tissue of scikit-image on glass, as two small pyramids), `human.csv` and `predicted.csv`
-(simulated scanpaths), and `search/` (drawn scenes with the boxes of their objects) with `viewers.csv` (simulated
-viewers). Long screens are cut at `...`; times are those of the machine that recorded the page.
+(simulated scanpaths), `search/` (drawn scenes with the boxes of their objects) with `viewers.csv` (simulated viewers),
+and `llava/` (a tiny model with random weights) with `questions.jsonl`. Long screens are cut at `...`; times are those of
+the machine that recorded the page.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 all done; 1 the run failed; 2 usage or
 configuration; 3 finished, some items failed; 4 something is missing on this machine; 130 interrupted.
@@ -95,6 +96,16 @@ SCREENS = {
         ],
     ),
     "merge": ("Unites the outputs of `--shard` runs.", ["saccade merge features.h5"]),
+    "vlm": (
+        "Multimodal models of Hugging Face under interventions on their attention; see [decoding](vlm.md). The model "
+        "in these screens has random weights and answers with noise. A picture that cannot be read becomes a failed "
+        "row, and the exit code is 3.",
+        [
+            "saccade vlm generate -m local-dir:llava --jsonl questions.jsonl --image-folder mixed/ -o answers.jsonl "
+            "--intervention vhr --max-new-tokens 8",
+            "saccade vlm calibrate -m local-dir:llava --jsonl questions.jsonl --image-folder mixed/ --limit 1",
+        ],
+    ),
     "gaze": (
         "Scanpaths: scores beside human agreement and chance, conversion between file formats, honest splits. Scores "
         "go to standard output, what they mean and what is unusual about the data to standard error.",
@@ -161,6 +172,7 @@ def main(names: list[str]) -> None:
         write_slides(folder)
         write_scanpaths_of(folder)
         write_search(folder)
+        write_questions(folder)
         for command in COMMANDS:
             heading = f"## {command.name}\n"
             if names and command.name not in names:
@@ -232,6 +244,17 @@ def write_search(folder: Path) -> None:
     scenes, paths = search_scenes(3, viewers=2)
     save_scenes(scenes, folder / "search")
     write_scanpaths(paths, folder / "viewers.csv")
+
+
+def write_questions(folder: Path) -> None:
+    """Write ``questions.jsonl`` about the pictures in ``mixed/``, and ``llava/``, a tiny model with random weights."""
+    sys.path.insert(0, str(PAGE.parents[1]))
+    from tests.vlm.tiny_folder import write_tiny_llava
+
+    write_tiny_llava(folder / "llava")
+    rows = [("cat", "33.png", "Describe the image."), ("second", "broken.jpg", "Is there a dog?")]
+    lines = [f'{{"id": "{key}", "image": "{image}", "prompt": "{prompt}"}}\n' for key, image, prompt in rows]
+    (folder / "questions.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def screen(call: str, folder: Path, longest: int | None) -> str:

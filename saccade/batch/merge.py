@@ -85,7 +85,8 @@ def find_shards(typed: Sequence[Path]) -> Shards:
         pattern, folder = (
             ("run.shard*of*.json", base) if base.is_dir() else (f"{base.stem}.shard*of*{base.suffix}", base.parent)
         )
-        found = sorted(folder.glob(pattern))
+        # The journal of a table in .jsonl has the pattern, too, and one dot more.
+        found = sorted(path for path in folder.glob(pattern) if SHARD_NAME.fullmatch(path.name))
         if not found:
             raise ConfigError(f"No shards of {base} found; looked for {pattern} in {folder}/.")
         shards = find_shards(found)

@@ -1,11 +1,14 @@
 """Interventions on the attention of Hugging Face models while they generate."""
 
+from saccade.vlm.answering import Answer, Answerer, GenerationOptions, generate_answers
 from saccade.vlm.calibrate import GIFTLayers, find_sink_channels, select_gift_layers
 from saccade.vlm.intervene import INTERVENTIONS, Intervening, intervene, make_intervention
 from saccade.vlm.intervention import Intervention
 from saccade.vlm.interventions import ACT, GIFT, PAI, VAF, VAR, VHR
+from saccade.vlm.loading import LoadedVLM, load_vlm
 from saccade.vlm.model_facts import ModelFacts, read_facts
 from saccade.vlm.presets import MODEL_PRESETS, ModelPreset
+from saccade.vlm.questions import Question, read_questions
 
 __all__ = [
     "ACT",
@@ -16,14 +19,22 @@ __all__ = [
     "VAF",
     "VAR",
     "VHR",
+    "Answer",
+    "Answerer",
     "GIFTLayers",
+    "GenerationOptions",
     "Intervening",
     "Intervention",
+    "LoadedVLM",
     "ModelFacts",
     "ModelPreset",
+    "Question",
     "find_sink_channels",
+    "generate_answers",
     "intervene",
+    "load_vlm",
     "make_intervention",
     "read_facts",
+    "read_questions",
     "select_gift_layers",
 ]
