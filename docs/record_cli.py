@@ -33,8 +33,8 @@ Written by `python docs/record_cli.py`, which runs the commands below, one after
 (two classes of small crops from pictures that scikit-image ships), `mixed/` (one of them, and a file that is no
 picture), `slides/` (a stained tissue of scikit-image on glass, as two small pyramids), `human.csv` and `predicted.csv`
 (simulated scanpaths), `search/` (drawn scenes with the boxes of their objects) with `viewers.csv` (simulated viewers),
-and `llava/` (a tiny model with random weights) with `questions.jsonl`. Long screens are cut at `...`; times are those of
-the machine that recorded the page.
+and `llava/` (a tiny model with random weights) with `questions.jsonl`. Long screens are cut at `...`; times are those
+of the machine that recorded the page.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 all done; 1 the run failed; 2 usage or
 configuration; 3 finished, some items failed; 4 something is missing on this machine; 130 interrupted.
