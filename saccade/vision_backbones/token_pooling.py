@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade.attention import token_average_pooling
+from saccade.errors import ConfigError
 
 __all__ = ["PoolingBlock", "TokenAveragePooling", "fit_token_pooling"]
 
@@ -62,10 +63,15 @@ class PoolingBlock(nn.Module):
     Args:
         dim: Width of the tokens.
         num_scales: Branches of token-aware average pooling; ``None`` means no pooling.
+
+    Raises:
+        ConfigError: If there is no branch.
     """
 
     def __init__(self, dim: int, num_scales: int | None) -> None:
         super().__init__()
+        if num_scales is not None and num_scales < 1:
+            raise ConfigError(f"num_scales must be at least 1, or None for no pooling; got {num_scales}.")
         self.dim = dim
         self.dilation_predictor = None if num_scales is None else TokenAveragePooling(dim, num_scales)
 

@@ -320,6 +320,7 @@ def check_compile(model, train):
         ({"patch_size": 32}, "patch_size must be 16, 8 or 4; got 32"),
         ({"num_heads": (3, 3, 3)}, r"num_heads must be a number or have depth = 2 >= 1 entries"),
         ({"depth": 0}, "depth = 0"),
+        ({"num_scales": 0}, "num_scales must be at least 1"),
         ({"global_pool": "median"}, "global_pool must be one of"),
         ({"convnext_depths": (1, 1, 3)}, "two stages"),
     ],
