@@ -86,7 +86,6 @@ def training_case() -> dict[str, object]:
     calls = {
         "saccade, TAP and ADL": diverse_step(pooled, images, target),
         "saccade, without both": plain_step(build(PLAIN), images, target),
-        "saccade, TAP alone": plain_step(build(POOLED), images, target),
         "literal, TAP and ADL": literal,
     }
     apart = difference(calls["saccade, TAP and ADL"], literal)
