@@ -314,3 +314,15 @@ def test_long_paths():
     assert gm.multimatch(path, path).tolist() == [[1.0] * 5]
     assert gm.scanmatch(path, other)[0] >= 0.5
     assert gm.dtw(path, other)[0] <= 500 * math.hypot(WIDTH, HEIGHT)
+
+
+def test_a_million_fixations_in_one_path():
+    """What needs a row of the table runs against a short path; what needs a table of all with all says so."""
+    count = 10**6
+    rng = np.random.default_rng(0)
+    long = Scanpath("a", rng.uniform(0, 799, count), rng.uniform(0, 599, count), width=WIDTH, height=HEIGHT)
+    short = Scanpath("a", long.x[:3], long.y[:3], width=WIDTH, height=HEIGHT)
+    assert gm.hausdorff(long, short)[0] > 0
+    for function in (gm.multimatch, gm.hausdorff, gm.recurrence, gm.time_delay_embedding):
+        with pytest.raises(DataError, match=r"Pair 0 has .* fixations, too many for one table"):
+            function(long, long)

@@ -8,34 +8,45 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from saccade.gaze.metrics.sequences import Chunk, Sequences, chunks
 
-__all__ = ["Alignment", "distance", "edit_distance", "equal", "global_alignment", "longest_common", "trace", "warp"]
+__all__ = ["Alignment", "distance", "edit_distance", "global_alignment", "longest_common", "trace", "warp"]
 
 Floats = NDArray[np.float64]
-Cost = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
+Cost = Callable[[Floats, Floats], NDArray[Any]]
 DIAGONAL, RIGHT, DOWN = 0, 1, 2
 
 
 def distance(a: Floats, b: Floats) -> Floats:
     """Euclidean distance of points ``(2, ..., K)``."""
-    difference = a - b
-    difference *= difference
-    total: Floats = difference[0] + difference[1]
+    total: Floats = a[0] - b[0]
+    other: Floats = a[1] - b[1]  # in place from here: these are the largest arrays of most metrics
+    total *= total
+    other *= other
+    total += other
     return np.sqrt(total, out=total)
 
 
-def equal(a: Floats, b: Floats) -> Floats:
+def equal(a: Floats, b: Floats) -> NDArray[np.int8]:
     """1 where labels ``(1, ..., K)`` are equal, else 0."""
-    same: Floats = (a[0] == b[0]).astype(np.float64)
+    same: NDArray[np.int8] = np.equal(a[0], b[0]).view(np.int8)
     return same
 
 
-def global_alignment(first: Sequences, second: Sequences, score: Cost, *, gap: float = 0.0) -> Floats:
+def unequal(a: Floats, b: Floats) -> NDArray[np.int8]:
+    """-1 where labels ``(1, ..., K)`` differ, else 0."""
+    same = equal(a, b)
+    return np.subtract(same, 1, out=same)
+
+
+def global_alignment(
+    first: Sequences, second: Sequences, score: Cost, *, gap: float = 0.0, whole: bool = False
+) -> Floats:
     """Return the largest total score of a global alignment of each pair (Needleman and Wunsch 1970).
 
     ``F[i, j] = max(F[i-1, j-1] + score(i, j), F[i-1, j] + gap, F[i, j-1] + gap)``, ``F[i, 0] = i gap``.
@@ -45,6 +56,7 @@ def global_alignment(first: Sequences, second: Sequences, score: Cost, *, gap: f
         second: P sequences.
         score: Of elements ``(C, k, K)`` against ``(C, k, K)``.
         gap: Added per element that is skipped.
+        whole: Scores are int8 of -1, 0 or 1, and the gap a whole number of them: tables in the smallest integers.
 
     Returns:
         ``(P,)``; NaN where a sequence is empty.
@@ -54,9 +66,10 @@ def global_alignment(first: Sequences, second: Sequences, score: Cost, *, gap: f
         rows, columns = chunk.first.shape[1], chunk.second.shape[1]
         ending = ends(chunk, chunk.n + chunk.m)
         backwards = chunk.second[:, ::-1]
-        before, last, now = (np.zeros((rows + 1, len(chunk.pairs))) for _ in range(3))
+        kind = smallest_integer(rows + columns) if whole else np.dtype(np.float64)
+        before, last, now = (np.zeros((rows + 1, len(chunk.pairs)), kind) for _ in range(3))
         skip = np.empty_like(now)
-        last[:2] = gap
+        last[:2] = step = kind.type(gap)
         for d in range(2, rows + columns + 1):
             low, high = max(1, d - columns), min(rows, d - 1) + 1
             # the cell (i, d - i) of the bordered table compares elements i - 1 and d - i - 1
@@ -64,7 +77,7 @@ def global_alignment(first: Sequences, second: Sequences, score: Cost, *, gap: f
             part = score(chunk.first[:, low - 1 : high - 1], backwards[:, start : start + high - low])
             here = np.add(before[low - 1 : high - 1], part, out=now[low:high])
             if gap:
-                np.add(last[low - 1 : high], gap, out=skip[low - 1 : high])
+                np.add(last[low - 1 : high], step, out=skip[low - 1 : high])
                 np.maximum(here, skip[low - 1 : high - 1], out=here)
                 np.maximum(here, skip[low:high], out=here)
             else:
@@ -81,6 +94,11 @@ def global_alignment(first: Sequences, second: Sequences, score: Cost, *, gap: f
     return result
 
 
+def smallest_integer(largest: int) -> np.dtype[Any]:
+    """Return the smallest type that holds whole numbers from ``-largest`` to ``largest``."""
+    return np.dtype(np.int8 if largest < 2**7 else np.int16 if largest < 2**15 else np.int32)
+
+
 def ends(chunk: Chunk, diagonal: NDArray[np.int64]) -> dict[int, NDArray[np.int64]]:
     """Return which pairs of a chunk have their last cell on each anti-diagonal."""
     order = np.argsort(diagonal, kind="stable")
@@ -90,12 +108,12 @@ def ends(chunk: Chunk, diagonal: NDArray[np.int64]) -> dict[int, NDArray[np.int6
 
 def longest_common(first: Sequences, second: Sequences) -> Floats:
     """Return the length of the longest common subsequence of labels, ``(P,)``; NaN where one is empty."""
-    return global_alignment(first, second, equal)
+    return global_alignment(first, second, equal, whole=True)
 
 
 def edit_distance(first: Sequences, second: Sequences) -> Floats:
     """Return the Levenshtein distance of labels, ``(P,)``; NaN where one is empty."""
-    return -global_alignment(first, second, lambda a, b: equal(a, b) - 1, gap=-1.0)
+    return -global_alignment(first, second, unequal, gap=-1.0, whole=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,8 +32,9 @@ def estimate_bandwidth(points: Floats, *, quantile: float = 0.3) -> float:
 
 def squared_distances(a: Floats, b: Floats) -> Floats:
     """Return squared distances of points, ``(n, m)``."""
-    difference: Floats = a[:, None] - b[None]
-    squares: Floats = np.einsum("nmc,nmc->nm", difference, difference)
+    from scipy.spatial.distance import cdist
+
+    squares: Floats = cdist(a, b, "sqeuclidean")
     return squares
 
 

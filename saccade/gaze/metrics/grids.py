@@ -65,10 +65,20 @@ def scanmatch(
 
 def grid_cells(paths: ScanpathSet, bins: tuple[int, int]) -> Floats:
     """Return column and row of each fixation's cell, ``(2, T)``."""
-    sizes = np.repeat(paths.sizes(), paths.lengths, axis=0).T
-    inside = np.clip(np.stack([paths.x, paths.y]), 0, sizes - 1)
-    cells: Floats = np.floor(inside * np.array(bins)[:, None] / sizes)
-    return cells
+    sizes = size_of_fixations(paths)
+    cells = np.stack([paths.x, paths.y])
+    np.clip(cells, 0, sizes - 1, out=cells)
+    cells *= np.array(bins)[:, None]
+    cells /= sizes
+    return np.floor(cells, out=cells)
+
+
+def size_of_fixations(paths: ScanpathSet) -> Floats:
+    """Return width and height of each fixation's image, ``(2, T)``, or ``(2, 1)`` where all images have one size."""
+    sizes = paths.sizes()
+    if len(sizes) and (sizes == sizes[0]).all():
+        return sizes[:1].T
+    return np.repeat(sizes, paths.lengths, axis=0).T
 
 
 def string_edit_distance(predicted: Paths, human: Paths, *, n: int = 5) -> Floats:
@@ -93,10 +103,10 @@ def string_edit_distance(predicted: Paths, human: Paths, *, n: int = 5) -> Float
         raise ConfigError(f"n is the number of cells per side, got {n}.")
     labels = []
     for paths in as_pairs(predicted, human):
-        side = np.floor(paths.sizes() / n)
-        if (small := (side < 1).any(-1)).any():
+        if (small := (paths.sizes() < n).any(-1)).any():
             paths.places.fail(int(small.argmax()), "width, height", f"too small for {n} cells per side", "no_size")
-        whole = np.trunc(np.stack([paths.x, paths.y]))
-        cells = np.clip(np.floor(whole / np.repeat(side, paths.lengths, axis=0).T), 0, n - 1)
+        cells = np.trunc(np.stack([paths.x, paths.y]))
+        cells /= np.floor(size_of_fixations(paths) / n)
+        np.clip(np.floor(cells, out=cells), 0, n - 1, out=cells)
         labels.append(Sequences((cells[0] + n * cells[1])[None], paths.offsets))
     return edit_distance(*labels)

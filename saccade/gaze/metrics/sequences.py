@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from saccade.errors import ConfigError
+from saccade.errors import ConfigError, DataError
 from saccade.gaze.scanpath import Scanpath, ScanpathSet
 
 __all__ = ["Chunk", "Sequences", "as_pairs", "chunks", "in_bins", "points", "valid_cells"]
@@ -16,6 +16,7 @@ __all__ = ["Chunk", "Sequences", "as_pairs", "chunks", "in_bins", "points", "val
 ROW_CELLS = 2**14  # of a chunk: float64 rows of a dynamic programme stay in the second-level cache
 MATRIX_CELLS = 2**18
 MOVE_CELLS = 2**24
+MOST_CELLS = {"tables": 2**26, "moves": 2**31}  # of one pair: half a GiB of float64, 2 GiB of bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +40,7 @@ class Sequences:
         """Return some sequences as ``(C, longest, K)``; behind its end, a sequence repeats its last element."""
         lengths = self.lengths[index]
         steps = np.minimum(np.arange(lengths.max())[:, None], lengths - 1)
-        padded: NDArray[np.float64] = self.values[:, self.offsets[index] + steps]
-        return padded
+        return self.values.take(self.offsets[index] + steps, axis=1)
 
     def repeated(self, counts: NDArray[np.int64]) -> Sequences:
         """Return the sequences with each element repeated.
@@ -87,19 +87,29 @@ def chunks(first: Sequences, second: Sequences, *, keeps: str = "rows") -> Itera
         second: P sequences, each compared with the one of the same number.
         keeps: What the caller holds in memory: ``"rows"`` of a table, whole ``"tables"`` of numbers, or ``"moves"``,
             one byte per cell.
+
+    Raises:
+        DataError: If two paths are so long that their table would not fit in memory.
     """
     n, m = first.lengths, second.lengths
-    order = np.lexsort((m, (n + 3) // 4))
+    largest = int((n * m).argmax()) if len(n) else 0
+    if len(n) and n[largest] * m[largest] > MOST_CELLS.get(keeps, np.inf):
+        message = f"Pair {largest} has {n[largest]} and {m[largest]} fixations, too many for one table of all with all"
+        raise DataError(
+            f"{message}; cut the paths, or use a metric that keeps rows (ScanMatch, DTW, SED).", reason="too_long"
+        )
+    band = (n + 3) // 4  # of similar first lengths; within one, by second lengths
+    order = np.lexsort((m, band))
     order = order[(n > 0)[order] & (m > 0)[order]]
     start = 0
     while start < len(order):
         ahead = order[start : start + ROW_CELLS]
-        rows, columns = np.maximum.accumulate(n[ahead]), np.maximum.accumulate(m[ahead])
+        rows, columns = np.maximum.accumulate(n[ahead]), m[ahead]
         held = np.arange(1, len(ahead) + 1)
-        fits = held * rows <= ROW_CELLS
+        fits = (held * rows <= ROW_CELLS) & (band[ahead] == band[ahead[0]]) & (columns <= 1.25 * columns[0] + 2)
         if keeps != "rows":
             fits = fits & (held * rows * columns <= (MATRIX_CELLS if keeps == "tables" else MOVE_CELLS))
-        count = max(1, int(fits.sum()))
+        count = len(fits) if fits.all() else max(1, int(fits.argmin()))
         pairs = order[start : start + count]
         yield Chunk(pairs, first.padded(pairs), second.padded(pairs), n[pairs], m[pairs])
         start += count
