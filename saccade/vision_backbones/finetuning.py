@@ -18,10 +18,13 @@ def classifier_layers(model: nn.Module) -> tuple[nn.Module, ...]:
 
 
 def load_starting_weights(model: nn.Module, path: str) -> None:
-    """Load weights for fine-tuning; the classifier keeps its own if the file's has another shape or is absent.
+    """Load weights for fine-tuning.
+
+    The classifier keeps its own if the file's has another shape or is absent, and so do layers that were added to the
+    model, token-aware average pooling, if the file knows none.
 
     Raises:
-        CheckpointError: If anything but the classifier does not fit.
+        CheckpointError: If anything else does not fit.
     """
     state = load_model(path).model.state_dict() if path.endswith(".ckpt") else read_state_dict(path)
     state = filter_state_dict(state, model)
@@ -32,6 +35,8 @@ def load_starting_weights(model: nn.Module, path: str) -> None:
     own = model.state_dict()
     kept = {key: value for key, value in state.items() if key not in head_keys or value.shape == own[key].shape}
     report = match_keys(kept, model)
-    if report.unexpected or report.reshaped or set(report.missing) - head_keys:
+    added = {key for key in own if ".dilation_predictor." in key}
+    fresh = head_keys | (added if added.isdisjoint(kept) else set())
+    if report.unexpected or report.reshaped or set(report.missing) - fresh:
         raise CheckpointError(f"The weights in {path} do not fit {type(model).__name__}: {report}.")
     model.load_state_dict(kept, strict=False)

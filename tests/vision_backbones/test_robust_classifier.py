@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from saccade.errors import ConfigError, ShapeError
+from saccade.errors import CheckpointError, ConfigError, ShapeError
 from saccade.vision_backbones import RobustClassifier, load_model
 from saccade.vision_backbones.patch_augmentation import patch_wise_augmentation
 from saccade.vision_backbones.token_pooling import TokenAveragePooling
@@ -124,6 +124,21 @@ def test_checkpoints_hold_all_that_inference_needs(tmp_path, backbone, options):
     layers = [module for module in again.train().model.modules() if isinstance(module, TokenAveragePooling)]
     assert len(layers) == 2
     assert not any(layer.proj[1].training for layer in layers)
+
+
+def test_pooling_starts_fresh_on_the_weights_of_a_plain_model(tmp_path):
+    plain = RobustClassifier("vit_small_patch16_224", 3, backbone_kwargs=SMALL, img_size=64)
+    torch.save(plain.model.state_dict(), tmp_path / "plain.pth")
+    options = {"backbone_kwargs": SMALL, "img_size": 64, "token_pooling_scales": 4}
+    pooled = RobustClassifier("vit_small_patch16_224", 3, weights=str(tmp_path / "plain.pth"), **options)
+    for key, value in plain.model.state_dict().items():
+        assert torch.equal(pooled.model.state_dict()[key], value)
+    torch.save(pooled.model.state_dict(), tmp_path / "pooled.pth")
+    again = RobustClassifier("vit_small_patch16_224", 3, weights=str(tmp_path / "pooled.pth"), **options)
+    for key, value in pooled.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[key], value)
+    with pytest.raises(CheckpointError, match="dilation_predictor"):
+        classifier(weights=str(tmp_path / "pooled.pth"))
 
 
 @pytest.mark.parametrize(
