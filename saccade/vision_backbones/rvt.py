@@ -208,31 +208,47 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     if not isinstance(model, RVT):
         return state
     fit_token_pooling(state, model)
+    changed = False
     for name, block in model.named_modules():
         if isinstance(block, Block) and f"{name}.norm1.weight" in state:
-            fit_mlp(state[f"{name}.mlp.fc1.weight"], block, name)
-            fit_mask(state, f"{name}.attn.att_mask", block.attn, model.mask_grid)
+            changed |= fit_mlp(state[f"{name}.mlp.fc1.weight"], block)
+            changed |= fit_mask(state, f"{name}.attn.att_mask", block.attn, model.mask_grid)
+    if changed:
+        blocks = [block for block in model.modules() if isinstance(block, Block)]
+        logger.warning(
+            "The model follows the weights: of %d blocks %d have a mask and %d an MLP with convolutions.",
+            len(blocks),
+            sum(block.attn.att_mask is not None for block in blocks),
+            sum(isinstance(block.mlp, ConvMlp) for block in blocks),
+        )
     return state
 
 
-def fit_mlp(weight: Tensor, block: Block, name: str) -> None:
-    """Give a block the MLP that the weight of a first layer, ``(hidden, C)`` or ``(hidden, C, 1, 1)``, belongs to."""
+def fit_mlp(weight: Tensor, block: Block) -> bool:
+    """Give a block the MLP that the weight of a first layer, ``(hidden, C)`` or ``(hidden, C, 1, 1)``, belongs to.
+
+    Returns:
+        Whether it had another.
+    """
     mlp_type = "linear" if weight.ndim == 2 else "conv"
-    if isinstance(block.mlp, ConvMlp) != (mlp_type == "conv"):
-        logger.warning("%s: the weights are of the %s MLP; the model follows them.", name, mlp_type)
-        block.mlp = MLPS[mlp_type](block.dim, weight.shape[0]).to(block.norm1.weight).train(block.training)
+    if isinstance(block.mlp, ConvMlp) == (mlp_type == "conv"):
+        return False
+    block.mlp = MLPS[mlp_type](block.dim, weight.shape[0]).to(block.norm1.weight).train(block.training)
+    return True
 
 
-def fit_mask(state: dict[str, Tensor], key: str, attn: Attention, grid: tuple[int, int]) -> None:
-    """Give attention a mask if a state dict has one for it, and the state dict one of the right size."""
+def fit_mask(state: dict[str, Tensor], key: str, attn: Attention, grid: tuple[int, int]) -> bool:
+    """Give attention a mask if a state dict has one for it, and the state dict one of the right size.
+
+    Returns:
+        Whether a mask has come or gone.
+    """
+    changed = (key in state) != (attn.att_mask is not None)
     if key not in state:
-        if attn.att_mask is not None:
-            logger.warning("%s: the weights have no mask here; the model follows them.", key)
-            attn.att_mask = None
-        return
+        attn.att_mask = None
+        return changed
     mask = state[key]
-    if attn.att_mask is None:
-        logger.warning("%s: the weights have a mask here; the model follows them.", key)
+    if changed:
         attn.mask_grid = grid
         attn.att_mask = nn.Parameter(new_mask(attn.num_heads, grid).to(attn.qkv.weight))
     side, tokens = math.isqrt(mask.shape[-1]), attn.mask_grid[0] * attn.mask_grid[1]
@@ -241,6 +257,7 @@ def fit_mask(state: dict[str, Tensor], key: str, attn: Attention, grid: tuple[in
             state[key] = mask[:, :tokens, :tokens]
         else:
             state[key] = resize_mask(mask, (side, side), attn.mask_grid)
+    return changed
 
 
 TINY: dict[str, Any] = {"base_dims": (32, 32), "depth": (10, 2), "heads": (6, 12)}
