@@ -1,11 +1,13 @@
 """Every shipped config: complete, buildable, and one batch of training and validation on data of its kind."""
 
+import json
 import re
 import subprocess
 import sys
 
 import pytest
 
+from benchmarks.harness import RESULTS
 from saccade.apps.cli import main
 from saccade.apps.lightning_cli import check_config
 from saccade.apps.shipped import config_path, list_configs
@@ -58,3 +60,13 @@ def test_files_win_over_names_and_unknown_names_get_suggestions(tmp_path, monkey
     assert config_path("image/finetune").read_text() == "mine"
     with pytest.raises(ConfigError, match=r"Did you mean 'image/flowers_resnet10'"):
         config_path("image/flower_resnet10")
+
+
+@pytest.mark.parametrize("benchmark", ["train_images", "train_backbones"])
+def test_figures_are_those_of_the_benchmark_and_our_models_beat_the_baseline(benchmark):
+    for case in json.loads((RESULTS / f"{benchmark}.json").read_text())["cases"]:
+        text = config_path(case.get("config") or f"image/{case['case']}").read_text()
+        assert f"accuracy {case['mean_val_acc']:.3f} (" in text
+        if case["baseline"] is not None:
+            assert f"linear baseline {case['baseline']:.2f})" in text
+            assert case["mean_val_acc"] > case["baseline"] or case["case"].endswith("vit")
