@@ -3,6 +3,11 @@
 import pytest
 import torch
 
+# At the first use of a device context torch notes which functions make tensors, and keeps the list: it must not be drawn
+# up while they are replaced.
+with torch.device("cpu"):
+    torch.empty(0)
+
 
 @pytest.fixture(autouse=True)
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
