@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--metrics", type=comma_list, metavar="NAME,...", help="see saccade list metrics (default: all that can be)"
     )
     group.add_argument("--ppd", type=float, metavar="N", help="pixels per degree: distances in degrees")
+    group.add_argument("--first", type=int, metavar="N", help="only the first N fixations of both (default: all)")
     group.add_argument("--maps", metavar="DIR", help="label maps IMAGE.png or IMAGE.npy, for the semantic metrics")
     group.add_argument(
         "--max-step",
@@ -75,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
         "metrics": args.metrics,
         "maps": maps,
         "pixels_per_degree": args.ppd,
+        "first": args.first,
         "chance": not args.no_chance,
         "seed": args.seed,
     }
@@ -138,9 +140,12 @@ def print_header(comparison: Comparison, args: argparse.Namespace) -> None:
     """Say what the columns are, and what was left out."""
     note(
         "score: mean over the humans of an image and task, then over n predictions; 95%: bootstrap over images; undef: "
-        "pairs without a value; human: viewers against the others; random, other_image: chance against the viewers",
+        "pairs without a value; best_human: against the most similar human; human: viewers against the others; random, "
+        "other_image: chance against the viewers",
         args,
     )
+    if args.first is not None:
+        note(f"  only the first {args.first} fixations of both", args)
     for name, definition in comparison.definitions.items():
         note(f"  {name}: {definition}", args)
     for name, reason in comparison.left_out.items():
@@ -155,12 +160,12 @@ def number(value: float | None) -> str:
 def score_lines(comparison: Comparison) -> list[str]:
     """Return the table of scores."""
     extra = [name for name in ("best_of_k", *CHANCE) if any(getattr(s, name) is not None for s in comparison.scores)]
-    rows = [["METRIC", "SCORE", "SD", "95%", "N", "UNDEF", *(name.upper() for name in extra)]]
+    rows = [["METRIC", "SCORE", "SD", "95%", "N", "UNDEF", "BEST_HUMAN", *(name.upper() for name in extra)]]
     for score in comparison.scores:
         label = f"{score.name} ({score.unit})" if score.unit else score.name
         interval = f"{number(score.low)}..{number(score.high)}"
         cells = [label, number(score.mean), number(score.sd), interval, str(score.n), str(score.undefined)]
-        rows.append([*cells, *(number(getattr(score, name)) for name in extra)])
+        rows.append([*cells, number(score.best_human), *(number(getattr(score, name)) for name in extra)])
     return table_lines(rows)
 
 
@@ -184,5 +189,11 @@ def document(comparison: Comparison, search: Sequence[SearchScore], args: argpar
         "search": [plain(row) for row in search],
         "definitions": comparison.definitions,
         "left_out": comparison.left_out,
-        "settings": {"pixels_per_degree": args.ppd, "max_step": args.max_step, "seed": args.seed, "pairs": args.pairs},
+        "settings": {
+            "pixels_per_degree": args.ppd,
+            "first": args.first,
+            "max_step": args.max_step,
+            "seed": args.seed,
+            "pairs": args.pairs,
+        },
     }

@@ -6,14 +6,15 @@ down; durations in seconds; boxes ``(x1, y1, x2, y2)`` in pixels. Degrees of vis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from saccade.errors import ConfigError, suggest
+from saccade.gaze.columns import each, joined, numbers, size, strings, text
 from saccade.gaze.validation import Places, check_paths
 
 __all__ = ["Scanpath", "ScanpathSet"]
@@ -89,6 +90,7 @@ class Scanpath:
 
 
 STRINGS = ("image", "subject", "task", "condition", "split")
+FLAT = ("x", "y", "duration", "objects")
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,7 +297,7 @@ class ScanpathSet:
                 value = np.concatenate([[0], np.cumsum(self.lengths[index])]).astype(np.int64)
             elif entry.name == "places":
                 value = value.take(index)
-            elif entry.name in ("x", "y", "duration", "objects"):
+            elif entry.name in FLAT:
                 value = None if value is None else value[flat]
             elif isinstance(value, tuple):
                 value = tuple(value[i] for i in index)
@@ -411,6 +413,21 @@ class ScanpathSet:
             self.places.fail(path, "duration", "unknown; this needs durations", "no_duration")
         return np.empty(0) if self.duration is None else self.duration
 
+    def first(self, count: int | None) -> ScanpathSet:
+        """Return the paths cut to their first fixations; ``None`` keeps all.
+
+        Raises:
+            ConfigError: If ``count`` is below 1.
+        """
+        if count is None:
+            return self
+        if count < 1:
+            raise ConfigError(f"The first fixations to keep are at least 1, got {count}.")
+        keep = np.arange(len(self.x)) - np.repeat(self.offsets[:-1], self.lengths) < count
+        flat: dict[str, Any] = {n: None if v is None else v[keep] for n in FLAT for v in [getattr(self, n)]}
+        offsets = np.concatenate([[0], np.cumsum(np.minimum(self.lengths, count))]).astype(np.int64)
+        return replace(self, offsets=offsets, places=replace(self.places, lines=None), **flat)
+
     def with_split(self, name: str) -> ScanpathSet:
         """Return the same paths with ``split`` set to a name."""
         column = np.full(len(self), name, object)
@@ -449,36 +466,3 @@ def normalise(record: Scanpath, number: int, places: Places) -> None:
         object.__setattr__(record, name, array)
     for name in STRINGS:
         object.__setattr__(record, name, text(getattr(record, name)))
-
-
-def text(value: object) -> str | None:
-    """Return names and numbers of subjects, tasks and images as strings."""
-    return None if value is None else str(value)
-
-
-def size(values: Sequence[Any] | NDArray[Any] | None) -> int | None:
-    """Return the length of an optional array."""
-    return None if values is None else len(values)
-
-
-def strings(values: Sequence[object]) -> Strings:
-    """Return a column of strings, or ``None`` where there is no value."""
-    column = np.empty(len(values), object)
-    column[:] = [text(value) for value in values]
-    return column
-
-
-def numbers(values: Sequence[float | None] | NDArray[Any]) -> Floats:
-    """Return a column of numbers, NaN where there is no value."""
-    return np.array([np.nan if value is None else value for value in values], np.float64)
-
-
-def each(value: object, count: int) -> Sequence[Any]:
-    """Return a value for every path: the given column, or ``count`` times the one value."""
-    single = value is None or isinstance(value, str | int | float | np.number)
-    return [value] * count if single else cast(Sequence[Any], value)
-
-
-def joined(parts: Sequence[Any], kind: type[np.float64] | type[np.int64]) -> NDArray[Any]:
-    """Return the parts as one array, also of none."""
-    return np.concatenate(parts).astype(kind, copy=False) if parts else np.empty(0, kind)

@@ -225,3 +225,22 @@ def test_search_table():
     assert {"behaviour_correct", "behaviour_delta"} <= set(rows)
     assert search_table(None, HUMAN, max_step=5) == []
     assert search_table(None, paths, max_step=5)[0].predicted is None
+
+
+def test_first_fixations_and_the_most_similar_human():
+    predicted = viewers(subjects=1, seed=7)
+    cut = by_name(compare_paths(predicted, HUMAN, metrics=["dtw", "scanmatch", "sequence_score"], first=3))
+    context = Context(HUMAN)
+    values = {"dtw": [], "scanmatch": [], "sequence_score": []}
+    for path in predicted.first(3):
+        assert len(path) == 3
+        others = HUMAN.first(3).filter(image=path.image)
+        same = ScanpathSet.from_paths([path]).take(np.zeros(len(others), int))
+        for metric in find_metrics(list(values)):
+            values[metric.name].append(metric.compare(same, others, context))
+    for name, word in (("dtw", np.min), ("scanmatch", np.max), ("sequence_score", np.max)):
+        assert cut[name].mean == pytest.approx(np.mean(values[name]))
+        assert cut[name].best_human == pytest.approx(np.mean([word(row) for row in values[name]]))
+    with pytest.raises(ConfigError, match="at least 1, got 0"):
+        compare_paths(predicted, HUMAN, first=0)
+    assert np.isnan(by_name(compare_viewers(HUMAN, metrics=["recurrence"]))["recurrence_det"].best_human)

@@ -25,7 +25,18 @@ def test_metrics_of_predictions(folder):
     done = run_cli("gaze", "metrics", "--pred", "predicted.csv", "--truth", "human.csv", "-o", "pairs.csv", cwd=folder)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0].split() == ["METRIC", "SCORE", "SD", "95%", "N", "UNDEF", "HUMAN", "RANDOM", "OTHER_IMAGE"]
+    assert lines[0].split() == [
+        "METRIC",
+        "SCORE",
+        "SD",
+        "95%",
+        "N",
+        "UNDEF",
+        "BEST_HUMAN",
+        "HUMAN",
+        "RANDOM",
+        "OTHER_IMAGE",
+    ]
     assert any(line.startswith("scanmatch ") for line in lines)
     assert any(line.startswith("probability_mismatch ") for line in lines)
     assert "human.csv: ScanpathSet(24 paths" in done.stderr

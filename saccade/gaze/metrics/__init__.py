@@ -12,7 +12,9 @@ from saccade.gaze.metrics.distances import (
     scaled_time_delay_embedding,
     time_delay_embedding,
 )
+from saccade.gaze.metrics.evaluate import Comparison, Score, compare_paths, compare_viewers
 from saccade.gaze.metrics.grids import scanmatch, string_edit_distance
+from saccade.gaze.metrics.registry import METRICS, Metric, find_metrics
 from saccade.gaze.metrics.saliency import (
     auc,
     auc_shuffled,
@@ -34,6 +36,7 @@ from saccade.gaze.metrics.search import (
     steps_to_target,
     target_fixation_probability,
 )
+from saccade.gaze.metrics.search_table import SearchScore, search_table
 from saccade.gaze.metrics.strings import (
     fixation_edit_distance,
     object_edit_distance,
@@ -46,17 +49,25 @@ from saccade.gaze.metrics.vectors import Grouping, multimatch
 
 __all__ = [
     "BEHAVIOURS",
+    "METRICS",
     "Clusters",
+    "Comparison",
     "Grouping",
+    "Metric",
+    "Score",
+    "SearchScore",
     "auc",
     "auc_shuffled",
     "auc_trapezoid",
     "behaviour",
     "behaviour_difference",
+    "compare_paths",
+    "compare_viewers",
     "correlation",
     "dtw",
     "estimate_bandwidth",
     "eyenalysis",
+    "find_metrics",
     "fit_clusters",
     "fixation_density",
     "fixation_edit_distance",
@@ -75,6 +86,7 @@ __all__ = [
     "scaled_time_delay_embedding",
     "scanmatch",
     "scanpath_ratio",
+    "search_table",
     "semantic_edit_distance",
     "semantic_sequence_score",
     "sequence_score",

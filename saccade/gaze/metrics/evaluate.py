@@ -36,6 +36,7 @@ class Score:
         undefined: Pairs without a value (NaN), left out of all means.
         low: Lower end of the 95 % bootstrap interval of the mean, over images.
         high: Upper end.
+        best_human: Mean over predictions of the value against the most similar human; NaN for a description.
         best_of_k: Mean over images and tasks of the best prediction's value; ``None`` where none has several.
         human: Viewers against the other viewers, in the same way; ``None`` where an image has one viewer.
         random: Uniform paths against the viewers.
@@ -51,6 +52,7 @@ class Score:
     undefined: int
     low: float
     high: float
+    best_human: float
     best_of_k: float | None = None
     human: float | None = None
     random: float | None = None
@@ -107,6 +109,7 @@ def compare_paths(
     metrics: Sequence[str] | None = None,
     maps: Mapping[str, NDArray[np.integer]] | None = None,
     pixels_per_degree: float | None = None,
+    first: int | None = None,
     chance: bool = True,
     seed: int = 0,
 ) -> Comparison:
@@ -118,6 +121,7 @@ def compare_paths(
         metrics: Names; ``None`` takes all that the data allow.
         maps: Labels of pixels by image.
         pixels_per_degree: Reports distances in degrees.
+        first: Compares only this many first fixations of both; regions still come from the whole human paths.
         chance: Also score random paths and those of other images.
         seed: Of chance and bootstrap.
 
@@ -128,19 +132,20 @@ def compare_paths(
     """
     predicted, human = with_sizes(predicted, human)
     groups = human.group_by("image", "task")
-    first, second = [], []
+    ours, theirs = [], []
     for key, members in predicted.group_by("image", "task").items():
         if key in groups:
-            first.append(np.repeat(members, len(groups[key])))
-            second.append(np.tile(groups[key], len(members)))
-    if not first:
+            ours.append(np.repeat(members, len(groups[key])))
+            theirs.append(np.tile(groups[key], len(members)))
+    if not ours:
         a, b = (f"{paths.image[0]!r}, {paths.task[0]!r}" if len(paths) else "none" for paths in (predicted, human))
         raise ConfigError(f"No prediction has the image and task of a human path; e.g. {a} predicted, {b} human.")
-    pairs = np.stack([np.concatenate(first), np.concatenate(second)])
+    pairs = np.stack([np.concatenate(ours), np.concatenate(theirs)])
     missing = len(predicted) - len(np.unique(pairs[0]))
     left_out = {"predictions": f"{missing} without a human path of their image and task"} if missing else {}
     context = Context(human, maps, pixels_per_degree)
     chosen = choose(find_metrics(metrics), metrics is not None, (predicted, human), context, left_out)
+    predicted, human = predicted.first(first), human.first(first)
     return compared(predicted, human, pairs, chosen, context, left_out, chance=chance, seed=seed, ceiling=True)
 
 
@@ -151,6 +156,7 @@ def compare_viewers(
     metrics: Sequence[str] | None = None,
     maps: Mapping[str, NDArray[np.integer]] | None = None,
     pixels_per_degree: float | None = None,
+    first: int | None = None,
     chance: bool = True,
     seed: int = 0,
 ) -> Comparison:
@@ -164,6 +170,7 @@ def compare_viewers(
         metrics: As in :func:`compare_paths`; likewise the rest.
         maps: See there.
         pixels_per_degree: See there.
+        first: See there.
         chance: See there.
         seed: See there.
 
@@ -186,6 +193,7 @@ def compare_viewers(
     if not numbers.size:
         raise ConfigError("No image and task has paths of two viewers to compare.")
     chance = chance and pairs == "within-image"
+    human = human.first(first)
     return compared(human, human, numbers, chosen, context, left_out, chance=chance, seed=seed, ceiling=False)
 
 
@@ -265,6 +273,15 @@ def per_prediction(values: Floats, owner: Integers, count: int) -> Floats:
     return means
 
 
+def best_human(values: Floats, owner: Integers, count: int, best: Sequence[str]) -> Floats:
+    """Return the value of each prediction against the most similar human, ``(count, columns)``, NaN for none."""
+    closest = np.full((count, values.shape[1]), np.nan)
+    for column, word in enumerate(best):
+        if word:
+            (np.fmax if word == "high" else np.fmin).at(closest[:, column], owner, values[:, column])
+    return closest
+
+
 def over_predictions(values: Floats) -> Floats:
     """Return means of the columns without NaN, NaN where nothing is left."""
     known = ~np.isnan(values)
@@ -309,6 +326,9 @@ def compared(
     columns = [(column, metric) for metric in metrics for column in metric.columns]
     low, high = bootstrap(means[used], predicted.image[used], seed)
     best = best_of_k(means, predicted, used, [metric.best for _, metric in columns]) if ceiling else None
+    closest = over_predictions(
+        best_human(values, pairs[0], len(predicted), [metric.best for _, metric in columns])[used]
+    )
     beside: dict[str, Floats] = {}
     viewers = viewer_pairs(human)
     if ceiling and viewers.size:
@@ -342,6 +362,7 @@ def compared(
                 int(np.isnan(values[:, number]).sum()),
                 float(low[number]),
                 float(high[number]),
+                float(closest[number]),
                 None if best is None else float(best[number]),
                 **{name: float(line[number]) for name, line in beside.items()},
             )
