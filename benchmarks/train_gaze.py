@@ -15,7 +15,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,45 +78,23 @@ Figures = dict[str, float]
 
 
 def train(seed: int) -> None:
-    """Train once with ``saccade fit`` and note the outcome in ``run.json``, unless that is there."""
+    """Train once with ``saccade fit`` and note the outcome in ``run.json``; goes on with a run that was interrupted."""
     folder = FOLDER / f"seed{seed}"
     if (folder / "run.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    options = (
-        {
-            f"--data.{name}": str(value).lower() if isinstance(value, bool) else str(value)
-            for name, value in SETTINGS.items()
-        }
-        | TRAINING
-        | {"--seed": str(seed)}
-    )
-    words = [word for pair in options.items() for word in pair]
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "saccade.apps.cli",
-        "fit",
-        "-c",
-        "gaze/oat",
-        *words,
-        "-q",
-        "--json",
-    ]
-    start, cpu = time.perf_counter(), os.times().children_user
+    data = {
+        f"--data.{name}": str(value).lower() if isinstance(value, bool) else str(value)
+        for name, value in SETTINGS.items()
+    }
+    words = [word for pair in (data | TRAINING | {"--seed": str(seed)}).items() for word in pair]
+    begun = sorted(folder.glob("runs/*/*/checkpoints/last.ckpt"))
+    what = ["--resume", str(begun[-1].parents[1])] if begun else ["-c", "gaze/oat", *words]
+    command = [sys.executable, "-W", "ignore", "-m", "saccade.apps.cli", "fit", *what, "-q", "--json"]
     done = subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True)
     summary = json.loads(done.stdout)
-    outcome = {
-        "seed": seed,
-        "run": summary["run"],
-        "epochs": summary["epochs"],
-        "best": summary["best"],
-        "seconds": round(time.perf_counter() - start, 1),
-        "cpu_seconds": round(os.times().children_user - cpu, 1),
-    }
-    (folder / "run.json").write_text(json.dumps(outcome))
+    kept = ("run", "epochs", "best", "seconds")
+    (folder / "run.json").write_text(json.dumps({"seed": seed} | {name: summary[name] for name in kept}))
 
 
 def trials(split: str) -> list[Trial]:

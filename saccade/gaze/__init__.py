@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from saccade.gaze.baselines import SalientObjects as SalientObjects
     from saccade.gaze.bottom_up import object_saliency as object_saliency
     from saccade.gaze.bottom_up import spectral_residual as spectral_residual
+    from saccade.gaze.convert import convert_oat as convert_oat
     from saccade.gaze.crops import cut_crops as cut_crops
     from saccade.gaze.decoding import DecodedPaths as DecodedPaths
     from saccade.gaze.decoding import PathModel as PathModel
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from saccade.gaze.decoding import greedy as greedy
     from saccade.gaze.decoding import log_prob as log_prob
     from saccade.gaze.decoding import sample as sample
+    from saccade.gaze.fixation_regressor import FixationRegressor as FixationRegressor
+    from saccade.gaze.fixation_regressor import RegressedFixations as RegressedFixations
+    from saccade.gaze.fixation_regressor import fit_fixation_regressor as fit_fixation_regressor
     from saccade.gaze.formats import read_scanpaths as read_scanpaths
     from saccade.gaze.formats import write_scanpaths as write_scanpaths
     from saccade.gaze.loading import LoadedPredictor as LoadedPredictor
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
     from saccade.gaze.prediction import Query as Query
     from saccade.gaze.prediction import Strategy as Strategy
     from saccade.gaze.prediction import predict_scanpaths as predict_scanpaths
+    from saccade.gaze.prediction import read_queries as read_queries
     from saccade.gaze.predictor import ScanpathPredictor as ScanpathPredictor
     from saccade.gaze.scanpath import Scanpath as Scanpath
     from saccade.gaze.scanpath import ScanpathSet as ScanpathSet
@@ -47,6 +52,7 @@ if TYPE_CHECKING:
     from saccade.gaze.scenes import box_positions as box_positions
     from saccade.gaze.scenes import grid_boxes as grid_boxes
     from saccade.gaze.scenes import grid_scene as grid_scene
+    from saccade.gaze.scenes import parse_grid as parse_grid
     from saccade.gaze.scenes import stack_scenes as stack_scenes
     from saccade.gaze.splits import find_leaks as find_leaks
     from saccade.gaze.splits import split_scanpaths as split_scanpaths
@@ -66,6 +72,7 @@ LAZY = {
     "CentreBias": "baselines",
     "DecodedPaths": "decoding",
     "FeatureFile": "object_features",
+    "FixationRegressor": "fixation_regressor",
     "LoadedPredictor": "loading",
     "NearestObjects": "baselines",
     "Notice": "validation",
@@ -74,6 +81,7 @@ LAZY = {
     "PathModel": "decoding",
     "Query": "prediction",
     "RandomObjects": "baselines",
+    "RegressedFixations": "fixation_regressor",
     "SalientObjects": "baselines",
     "Scanpath": "scanpath",
     "ScanpathPredictor": "predictor",
@@ -88,11 +96,13 @@ LAZY = {
     "boxes_by_detector": "object_boxes",
     "boxes_on_grid": "object_boxes",
     "collate_trials": "trials",
+    "convert_oat": "convert",
     "cut_crops": "crops",
     "draw_heatmap": "plotting",
     "draw_scanpaths": "plotting",
     "encode_objects": "object_features",
     "find_leaks": "splits",
+    "fit_fixation_regressor": "fixation_regressor",
     "fixation_map": "plotting",
     "greedy": "decoding",
     "grid_boxes": "scenes",
@@ -103,9 +113,11 @@ LAZY = {
     "multimatch": "metrics",
     "notices": "validation",
     "object_saliency": "bottom_up",
+    "parse_grid": "scenes",
     "path_loss": "training",
     "predict_scanpaths": "prediction",
     "read_boxes": "object_boxes",
+    "read_queries": "prediction",
     "read_scanpaths": "formats",
     "sample": "decoding",
     "scanpaths_of": "trials",
@@ -122,6 +134,7 @@ __all__ = [
     "CentreBias",
     "DecodedPaths",
     "FeatureFile",
+    "FixationRegressor",
     "LoadedPredictor",
     "NearestObjects",
     "Notice",
@@ -130,6 +143,7 @@ __all__ = [
     "PathModel",
     "Query",
     "RandomObjects",
+    "RegressedFixations",
     "SalientObjects",
     "Scanpath",
     "ScanpathPredictor",
@@ -144,11 +158,13 @@ __all__ = [
     "boxes_by_detector",
     "boxes_on_grid",
     "collate_trials",
+    "convert_oat",
     "cut_crops",
     "draw_heatmap",
     "draw_scanpaths",
     "encode_objects",
     "find_leaks",
+    "fit_fixation_regressor",
     "fixation_map",
     "greedy",
     "grid_boxes",
@@ -159,9 +175,11 @@ __all__ = [
     "multimatch",
     "notices",
     "object_saliency",
+    "parse_grid",
     "path_loss",
     "predict_scanpaths",
     "read_boxes",
+    "read_queries",
     "read_scanpaths",
     "sample",
     "scanpaths_of",
