@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-# At the first use of a device context torch notes which functions make tensors, and keeps the list: it must not be drawn
-# up while they are replaced.
+# At the first use of a device context torch notes which functions make tensors, and keeps the list: it must not be
+# drawn up while they are replaced.
 with torch.device("cpu"):
     torch.empty(0)
 
