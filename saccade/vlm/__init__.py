@@ -2,6 +2,7 @@
 
 from saccade.vlm.answering import Answer, Answerer, GenerationOptions, generate_answers
 from saccade.vlm.calibrate import GIFTLayers, find_sink_channels, select_gift_layers
+from saccade.vlm.contrastive import VCD, CoDa, ContrastRule, ImageGuidance, contrastive_generate, diffusion_noise
 from saccade.vlm.intervene import INTERVENTIONS, Intervening, intervene, make_intervention
 from saccade.vlm.intervention import Intervention
 from saccade.vlm.interventions import ACT, GIFT, PAI, VAF, VAR, VHR
@@ -12,23 +13,29 @@ from saccade.vlm.questions import Question, read_questions
 
 __all__ = [
     "ACT",
-    "GIFT",
-    "INTERVENTIONS",
-    "MODEL_PRESETS",
-    "PAI",
-    "VAF",
-    "VAR",
-    "VHR",
     "Answer",
     "Answerer",
+    "CoDa",
+    "ContrastRule",
+    "GIFT",
     "GIFTLayers",
     "GenerationOptions",
+    "INTERVENTIONS",
+    "ImageGuidance",
     "Intervening",
     "Intervention",
     "LoadedVLM",
+    "MODEL_PRESETS",
     "ModelFacts",
     "ModelPreset",
+    "PAI",
     "Question",
+    "VAF",
+    "VAR",
+    "VCD",
+    "VHR",
+    "contrastive_generate",
+    "diffusion_noise",
     "find_sink_channels",
     "generate_answers",
     "intervene",

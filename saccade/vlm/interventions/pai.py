@@ -6,7 +6,7 @@ In the last row of the prompt and in generated rows, before the softmax, for ima
 
     l_j <- l_j + alpha |l_j|
 
-The other half of the method, guidance by the answer without the image, works on logits: ``saccade.vlm.contrastive``.
+The other half of the method, guidance by the answer without the image, is :class:`saccade.vlm.ImageGuidance`.
 """
 
 from __future__ import annotations
