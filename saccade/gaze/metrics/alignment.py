@@ -163,7 +163,7 @@ def warp(
             here[:] = 0.0 if start_free else part
         else:
             diagonal, right, down = before[low:high], last[low + 1 : high + 1], last[low:high]
-            best = np.minimum(diagonal, right)
+            best = np.minimum(diagonal, right, out=here)
             if moves:
                 move = (right < diagonal).view(np.uint8)
                 move[down < best] = DOWN
