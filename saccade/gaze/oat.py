@@ -328,7 +328,7 @@ class OAT(nn.Module):
         """
         encoded = self.encode(scenes)
         shape = (len(scenes) * num_paths, self.heads, max_length, self.width // self.heads)
-        make = encoded.memory.new_empty
+        make = encoded.keys[0][0].new_empty
         caches = [KeyCache(make(shape), make(shape)) for _ in self.transformer_decoder.layers]
         return OATPaths(self, encoded, caches, viewers)
 

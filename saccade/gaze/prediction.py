@@ -6,6 +6,8 @@ import csv
 import time
 import zlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +26,7 @@ from saccade.batch import (
     RunSummary,
     find_items,
     resolve_device,
+    resolve_precision,
     seed_everything,
 )
 from saccade.checkpoints import best_checkpoint, file_digest
@@ -35,7 +38,7 @@ from saccade.gaze.loading import LoadedPredictor, load_predictor
 from saccade.gaze.object_boxes import BoxSource, ObjectBoxes, find_target
 from saccade.gaze.object_features import ObjectEncoder
 from saccade.gaze.scanpath import Scanpath, ScanpathSet
-from saccade.gaze.scenes import SceneBatch
+from saccade.gaze.scenes import SceneBatch, stack_scenes
 from saccade.gaze.trials import scene_of
 
 __all__ = ["Query", "Strategy", "predict_scanpaths", "read_queries"]
@@ -91,29 +94,30 @@ class Strategy:
         if self.kind == "beam" and self.inhibition:
             raise ConfigError("Beam search knows no inhibition of return; sample, or decode greedily.")
 
-    def decode(self, loaded: LoadedPredictor, scene: SceneBatch, seed: int) -> DecodedPaths:
-        """Decode the paths of one scene."""
+    def decode(self, loaded: LoadedPredictor, scenes: SceneBatch, seeds: Sequence[int]) -> DecodedPaths:
+        """Decode the paths of scenes, each with random numbers of its own."""
         length = self.max_length or loaded.max_length
         count = 1 if self.kind == "greedy" else self.paths
-        viewers = self.viewer_numbers(loaded, count, scene.device)
+        viewers = self.viewer_numbers(loaded, (len(scenes), count), scenes.device)
         if self.kind == "greedy":
-            return greedy(loaded.model, scene, max_length=length, viewers=viewers, inhibition=self.inhibition)
+            return greedy(loaded.model, scenes, max_length=length, viewers=viewers, inhibition=self.inhibition)
         if self.kind == "beam":
             options: dict[str, Any] = {"length_penalty": self.length_penalty, "viewers": viewers}
-            return beam_search(loaded.model, scene, count, max_length=length, **options)
+            return beam_search(loaded.model, scenes, count, max_length=length, **options)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         return sample(
             loaded.model,
-            scene,
+            scenes,
             count,
             max_length=length,
             temperature=self.temperature,
             top_p=self.top_p,
             viewers=viewers,
             inhibition=self.inhibition,
-            generator=torch.Generator().manual_seed(seed),
+            uniforms=torch.stack([torch.rand(count, length, generator=generator) for generator in generators]),
         )
 
-    def viewer_numbers(self, loaded: LoadedPredictor, count: int, device: torch.device) -> Tensor | None:
+    def viewer_numbers(self, loaded: LoadedPredictor, shape: tuple[int, int], device: torch.device) -> Tensor | None:
         """Return the number of the viewer for each path, ``None`` if nobody was asked for."""
         if self.viewer is None:
             return None
@@ -122,7 +126,7 @@ class Strategy:
                 f"The model does not know viewer {self.viewer!r}.{suggest(self.viewer, loaded.viewers)}"
                 + ("" if loaded.model.num_viewers else " It was trained without viewers (model.num_viewers).")
             )
-        return torch.full((1, count), loaded.viewers.index(self.viewer), device=device)
+        return torch.full(shape, loaded.viewers.index(self.viewer), device=device)
 
 
 def predict_scanpaths(
@@ -161,7 +165,7 @@ def predict_scanpaths(
     check_encoder(loaded, encoder)
     device = resolve_device(options.device)
     seed_everything(options.seed, deterministic=options.deterministic)
-    strategy.viewer_numbers(loaded, 1, device)
+    strategy.viewer_numbers(loaded, (1, 1), device)
     loaded.model.to(device)
     settings = {
         "model": file_digest(best_checkpoint(model)),
@@ -169,6 +173,7 @@ def predict_scanpaths(
         "encoder": None if encoder is None else encoder.name,
         "queries": describe(queries),
         "seed": options.seed,
+        "precision": options.precision,
     }
     title = f"{Path(model).name}  {strategy.kind}  {device}"
     run = Run("gaze predict", items=items, out=out, settings=settings, options=options, title=title)
@@ -176,23 +181,55 @@ def predict_scanpaths(
     if run.files.data(target).exists() and not run.files.manifest.exists() and not options.overwrite:
         raise ConfigError(f"{out} exists and no run of saccade wrote it. Choose another --out, or pass --overwrite.")
     predict = ImagePredictor(loaded, boxes, strategy, encoder, device, options.seed)
-    with run, use_backend(options.attention_backend):
-        for item in [] if options.dry_run else run.pending:
+    dtype = resolve_precision(options.precision, device)
+    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    pending = [] if options.dry_run else run.pending
+    with run, use_backend(options.attention_backend), autocast, ThreadPoolExecutor(max(1, options.workers)) as pool:
+        for begin in range(0, len(pending), options.batch_size):
+            items = pending[begin : begin + options.batch_size]
             start = time.monotonic()
-            try:
-                row = predict(item, queries_of(queries, item))
-            except DataError as error:
-                run.fail(item, error, seconds=time.monotonic() - start)
-            else:
-                run.done(item, seconds=time.monotonic() - start, row=row)
+            views: list[View] = []
+            failed: dict[str, DataError] = {}
+            for item, image in zip(items, pool.map(try_reading, items), strict=True):
+                try:
+                    views += predict.views(item, image, queries_of(queries, item))
+                except DataError as error:
+                    failed[item.id] = error
+            rows = predict(views)
+            seconds = (time.monotonic() - start) / len(items)
+            for item in items:
+                if item.id in failed:
+                    run.fail(item, failed[item.id], seconds=seconds)
+                else:
+                    run.done(item, seconds=seconds, row=rows[item.id])
     if not options.dry_run:
         write_result(run, target)
     return run.summary
 
 
+def try_reading(item: Item) -> Image.Image | DataError:
+    """Return the image, or why there is none."""
+    try:
+        return read_image(item.path)
+    except DataError as error:
+        return error
+
+
+@dataclass(frozen=True)
+class View:
+    """One search on one image."""
+
+    item: Item
+    size: tuple[int, int]
+    objects: ObjectBoxes
+    query: Query
+    scene: SceneBatch
+    seed: int
+
+
 @dataclass(frozen=True)
 class ImagePredictor:
-    """Predicts the paths on one image after the other."""
+    """Predicts the paths on a batch of images."""
 
     loaded: LoadedPredictor
     boxes: BoxSource
@@ -201,22 +238,35 @@ class ImagePredictor:
     device: torch.device
     seed: int
 
-    def __call__(self, item: Item, queries: Sequence[Query]) -> dict[str, Any]:
-        """Return size and paths of an image as plain values, for the journal.
+    def views(self, item: Item, image: Image.Image | DataError, queries: Sequence[Query]) -> list[View]:
+        """Return the searches on an image.
 
         Raises:
             DataError: If the image, its boxes or a target cannot be used.
         """
-        image = read_image(item.path)
+        if isinstance(image, DataError):
+            raise image
         objects = self.boxes(item.id, image)
         features = self.features(image, objects.boxes)
-        paths = []
+        views = []
         for number, query in enumerate(queries):
             scene = self.scene(image, objects, features, query)
-            seed = zlib.crc32(f"{self.seed} {number} {item.id}".encode())  # results depend on no other image
-            decoded = self.strategy.decode(self.loaded, scene.to(self.device), seed)
-            paths += self.rows(decoded, objects, query, int(scene.target))
-        return {"width": image.width, "height": image.height, "paths": paths}
+            seed = zlib.crc32(f"{self.seed} {number} {item.id}".encode())  # paths depend on no other image
+            views.append(View(item, image.size, objects, query, scene, seed))
+        return views
+
+    def __call__(self, views: Sequence[View]) -> dict[str, dict[str, Any]]:
+        """Return size and paths of each image as plain values, for the journal."""
+        rows: dict[str, dict[str, Any]] = {}
+        if not views:
+            return rows
+        scenes = stack_scenes([view.scene for view in views]).to(self.device)
+        decoded = self.strategy.decode(self.loaded, scenes, [view.seed for view in views])
+        for number, view in enumerate(views):
+            width, height = view.size
+            row = rows.setdefault(view.item.id, {"width": width, "height": height, "paths": []})
+            row["paths"] += self.rows(decoded, number, view)
+        return rows
 
     def features(self, image: Image.Image, boxes: Tensor) -> Tensor | None:
         """Return what the model sees of the objects besides their place."""
@@ -233,21 +283,22 @@ class ImagePredictor:
         scene = scene_of(objects.boxes, size=size, target=target, features=features)
         return scene if query.features is None else replace(scene, target_features=query.features[None])
 
-    def rows(self, decoded: DecodedPaths, objects: ObjectBoxes, query: Query, target: int) -> list[dict[str, Any]]:
-        """Return decoded paths as plain values; paths that do not exist are left out."""
-        centre = (objects.boxes[:, :2] + objects.boxes[:, 2:]) / 2
+    def rows(self, decoded: DecodedPaths, scene: int, view: View) -> list[dict[str, Any]]:
+        """Return the paths of one scene as plain values; paths that do not exist are left out."""
+        boxes, query, target = view.objects.boxes, view.query, int(view.scene.target)
+        centre = (boxes[:, :2] + boxes[:, 2:]) / 2
         shared = {
             "task": query.task or query.target,
             "subject": self.strategy.viewer or "model",
             "target": target if target >= 0 else None,
-            "box": objects.boxes[target].tolist() if target >= 0 else None,
+            "box": boxes[target].tolist() if target >= 0 else None,
         }
         paths = []
         for number in range(decoded.objects.shape[1]):
-            path = decoded.path(0, number)
+            path = decoded.path(scene, number)
             if path:
                 places = {"sample": number, "objects": path, "xy": centre[path].tolist()}
-                paths.append(shared | places | {"log_prob": float(decoded.log_prob[0, number])})
+                paths.append(shared | places | {"log_prob": float(decoded.log_prob[scene, number])})
         return paths
 
 

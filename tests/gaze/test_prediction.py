@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from saccade.apps.cli import main
+from saccade.batch import BatchOptions
 from saccade.datasets import save_scenes, search_scenes
 from saccade.errors import CheckpointError, ConfigError, DataError
 from saccade.gaze import (
@@ -233,3 +234,14 @@ def test_animation_lasts_as_long_as_the_fixations(tmp_path):
     assert durations == [100, 1200]  # the last one stays a second longer
     with pytest.raises(ConfigError, match=r"written as \.gif"):
         animate_scanpath(Image.new("RGB", (6, 4)), one_path()[0], tmp_path / "a.png")
+
+
+def test_batches_and_precision(folder, tmp_path):
+    options = {"strategy": Strategy(paths=5)}
+    for size in (1, 2, 32):
+        predict(
+            folder, tmp_path / f"{size}.csv", options=BatchOptions(batch_size=size, num_workers=size % 2), **options
+        )
+    assert (tmp_path / "1.csv").read_text() == (tmp_path / "2.csv").read_text() == (tmp_path / "32.csv").read_text()
+    summary = predict(folder, tmp_path / "half.csv", options=BatchOptions(precision="bf16"), **options)
+    assert summary.done == 3
