@@ -94,6 +94,17 @@ def test_the_answer_is_that_of_the_model(place, answers):
     assert answers["b"]["answer"] == loaded.tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
+def test_a_pipeline_of_transformers(place, answers):
+    from transformers import pipeline
+
+    loaded = load_vlm(model_of(place))
+    pipe = pipeline("image-text-to-text", model=loaded.model, processor=loaded.processor, device="cpu")
+    content = [{"type": "image", "image": Image.open(place / "b.png")}, {"type": "text", "text": "What colour?"}]
+    with intervene(loaded.model, VAR(**VAR_SETTINGS)):
+        (found,) = pipe([{"role": "user", "content": content}], max_new_tokens=5, return_full_text=False)
+    assert found["generated_text"].strip() == answers["b"]["answer"]
+
+
 def test_batches_shards_and_resuming_do_not_matter(place, answers, tmp_path):
     run(place, tmp_path / "one.jsonl", batch_size=1)
     assert without_times(rows_of(tmp_path / "one.jsonl")) == without_times(answers)

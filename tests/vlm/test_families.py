@@ -127,3 +127,19 @@ def test_facts(family):
     assert 119 in facts.visual_token_ids
     assert facts.causal == (family != "paligemma")
     assert [facts.sliding(layer) for layer in range(4)] == [family == "gemma3" and layer % 2 == 0 for layer in range(4)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_steps(family):
+    from transformers import CompileConfig
+
+    found = tiny.__wrapped__(family)  # transformers keeps what it compiled on the model
+    config = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    config._compile_all_devices = True
+    batch = found.inputs(*TEXTS)
+    for name in ("var", "gift_below", "vhr"):
+        answer = edited(found, METHODS[name], batch)
+        got = edited(found, METHODS[name], batch, cache_implementation="static", compile_config=config)
+        assert close(got, answer), name
+    torch._dynamo.reset()

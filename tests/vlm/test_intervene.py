@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from saccade.errors import ConfigError, DataError, ShapeError
 from saccade.vlm import ACT, GIFT, PAI, VAF, VAR, VHR, intervene, make_intervention
@@ -269,6 +270,35 @@ class TestPrompts:
             looked_up = generate(llava, inputs, count=8, prompt_lookup_num_tokens=2)[0]
         assert streamer.got[-8:] == tokens[0].tolist()
         assert torch.equal(looked_up, tokens)
+
+
+class SquareTensors(TorchDispatchMode):
+    """Collects operators that make a floating-point tensor of prompt x prompt."""
+
+    def __init__(self, length):
+        super().__init__()
+        self.length, self.found = length, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            square = isinstance(tensor, torch.Tensor) and tuple(tensor.shape[-2:]) == (self.length, self.length)
+            if square and tensor.is_floating_point():
+                self.found.append(str(function))
+        return out
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+def test_no_attention_map_of_the_prompt_exists(llava, padding):
+    inputs = llava.inputs([11] * 30, padding=padding)
+    length = inputs["input_ids"].shape[1]
+    with SquareTensors(length) as stock:  # padding makes torch's kernel write its mask as numbers
+        generate(llava, inputs, count=2)
+    gift = GIFT((1,), (0, 1, 2, 3), 3.0, content_tokens="all")
+    for method in [strong_var(), gift, VHR(), PAI(0.5, layers=(1, 2)), VAF(1.5, 0.9, layers=(1, 2))]:
+        with intervene(llava.model, method), SquareTensors(length) as mode:
+            generate(llava, inputs, count=2)
+        assert set(mode.found) <= set(stock.found), type(method).__name__
 
 
 class TestText:
