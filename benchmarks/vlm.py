@@ -20,6 +20,7 @@ from saccade.apps.measure import MIB, peak_memory
 from saccade.vlm import GIFT, VAR, VHR, intervene
 
 SIZES = {
+    "29 M": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8},
     "101 M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
 }
 IMAGE = (8, 584)  # places of the image tokens
