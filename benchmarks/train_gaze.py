@@ -202,7 +202,8 @@ def collect() -> None:
     for seed in SEEDS:
         outcome = json.loads((FOLDER / f"seed{seed}" / "run.json").read_text())
         loaded = load_predictor(FOLDER / f"seed{seed}" / outcome["run"])
-        runs.append(outcome | {"figures": evaluate(loaded.model, tests, human)})
+        kept = {name: outcome[name] for name in ("seed", "epochs", "best", "seconds")}
+        runs.append(kept | {"figures": evaluate(loaded.model, tests, human)})
     names = list(runs[0]["figures"])
     rows["OAT, mean of seeds"] = {name: statistics.mean(run["figures"][name] for run in runs) for name in names}
     rows["OAT, SD over seeds"] = {name: statistics.stdev(run["figures"][name] for run in runs) for name in names}

@@ -118,3 +118,17 @@ def test_saliency_of_boxes_is_their_mean():
     saliency = np.arange(12, dtype=np.float32).reshape(3, 4)
     boxes = torch.tensor([[0.0, 0, 2, 2], [1, 1, 9, 9], [20, 20, 30, 30]])
     assert_close(object_saliency(saliency, boxes), torch.tensor([2.5, (5 + 6 + 7 + 9 + 10 + 11) / 6, 0.0]))
+
+
+def test_mirrored_scenes_keep_distances():
+    scenes = collate_trials(trials_of(search_scenes(4)[1]))[0]
+    for flips in ((True, False), (False, True), (True, True)):
+        mirrored = scenes.mirrored(*flips)
+        for row in range(4):
+            there = scenes.valid[row]
+            before, after = (torch.cat([s.position[row][there], s.start[row : row + 1]]) for s in (scenes, mirrored))
+            assert_close(torch.cdist(after, after), torch.cdist(before, before))
+            assert (mirrored.position[row][there] >= -1e-5).all()
+            moved = (after - before).abs().amax(0) > 1e-3
+            assert moved.tolist() == list(flips)
+        assert_close(mirrored.mirrored(*flips).position[scenes.valid], scenes.position[scenes.valid])
