@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import tifffile
+import torch
 from PIL import Image
 from skimage import data
 
@@ -23,6 +24,7 @@ from saccade.apps.cli import COMMANDS, build_parser
 from saccade.apps.completion import parser_places
 from saccade.datasets import save_scenes, search_scenes
 from saccade.gaze import Scanpath, ScanpathSet, write_scanpaths
+from saccade.mil import create_model
 
 PAGE = Path(__file__).with_name("cli.md")
 COLUMNS = 100
@@ -31,7 +33,8 @@ INTRODUCTION = """# Command line
 
 Written by `python docs/record_cli.py`, which runs the commands below, one after the other, in a folder with `photos/`
 (two classes of small crops from pictures that scikit-image ships), `mixed/` (one of them, and a file that is no
-picture), `slides/` (a stained tissue of scikit-image on glass, as two small pyramids), `human.csv` and `predicted.csv`
+picture), `slides/` (a stained tissue of scikit-image on glass, as two small pyramids) with
+`acmil.pt` (random weights), `human.csv` and `predicted.csv`
 (simulated scanpaths), `search/` (drawn scenes with the boxes of their objects) with `viewers.csv` (simulated viewers),
 and `llava/` (a tiny model with random weights) with `questions.jsonl`. Long screens are cut at `...`; times are those
 of the machine that recorded the page.
@@ -93,6 +96,8 @@ SCREENS = {
             "saccade slides info slides/",
             "saccade slides run slides/ -o bags/ --mpp 0.5 --tile-px 128 -m stain-texture",
             "saccade slides split cases.csv -o splits/ --folds 2 --stratify label",
+            "saccade slides heatmap bags/ -m acmil.pt --geojson",
+            "ls bags/heatmaps/acmil",
         ],
     ),
     "merge": ("Unites the outputs of `--shard` runs.", ["saccade merge features.h5"]),
@@ -219,6 +224,8 @@ def write_slides(folder: Path) -> None:
                     metadata=None,
                     **tags,
                 )
+    torch.manual_seed(0)
+    torch.save(create_model("acmil_ga", feature_dim=57, num_classes=2).state_dict(), folder / "acmil.pt")
 
 
 def write_scanpaths_of(folder: Path) -> None:

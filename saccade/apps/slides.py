@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from saccade.apps.options import add_batch_options, add_input_options, batch_options
 from saccade.apps.screen import finish_run, table_lines
+from saccade.apps.slides_heatmap import add_heatmap_action, heatmap
 from saccade.apps.slides_training import TRAINING, add_training_actions
+from saccade.apps.slides_view import add_view_action, view
 
 if TYPE_CHECKING:
     from saccade.mil import Encoder, TileOptions, TissueOptions
@@ -46,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             add_encoder_options(action)
         add_batch_options(action)
     add_training_actions(actions)
+    add_heatmap_action(actions)
+    add_view_action(actions)
 
 
 def add_slide_options(parser: argparse.ArgumentParser) -> None:
@@ -93,10 +97,9 @@ def add_encoder_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    if args.action in TRAINING:
-        return TRAINING[args.action](args)
-    if args.action == "info":
-        return info(args)
+    others = {**TRAINING, "info": info, "heatmap": heatmap, "view": view}
+    if args.action in others:
+        return others[args.action](args)
     from saccade.mil.extraction import extract
 
     stage = "embed" if args.action == "run" else args.action

@@ -78,18 +78,6 @@ def split(args: argparse.Namespace) -> int:
     return 0
 
 
-def feature_folder(given: str) -> str:
-    """Return the folder with bag files: the one given, or the only set of features below a folder of ``slides run``.
-
-    Raises:
-        ConfigError: If there are several.
-    """
-    below = sorted(path for path in Path(given).glob("features/*/*") if path.is_dir())
-    if len(below) > 1:
-        raise ConfigError(f"{given} holds several sets of features; name one: {', '.join(map(str, below))}.")
-    return str(below[0]) if below else given
-
-
 def train(args: argparse.Namespace) -> int:
     """Write a config, print it, and fit."""
     import tempfile
@@ -97,8 +85,9 @@ def train(args: argparse.Namespace) -> int:
     import yaml
 
     from saccade.apps.cli import main
+    from saccade.mil.slide_folder import feature_folder
 
-    data = {"root": feature_folder(args.bags), "labels": args.labels, "label_column": args.label_column}
+    data = {"root": str(feature_folder(args.bags)), "labels": args.labels, "label_column": args.label_column}
     data |= {"task": args.task} | ({"split": args.split} if args.split else {})
     model: dict[str, Any] = {"model": args.model, "lr": args.lr, "aem": args.aem}
     if args.class_weights:
@@ -126,6 +115,7 @@ def train(args: argparse.Namespace) -> int:
 def predict(args: argparse.Namespace) -> int:
     """Write predictions and attention."""
     from saccade.mil import load_classifier, predict_bags
+    from saccade.mil.slide_folder import feature_folder
 
     summary = predict_bags(
         feature_folder(args.bags),

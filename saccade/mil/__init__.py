@@ -13,10 +13,13 @@ from saccade.mil.clam import CLAMMB, CLAMSB
 from saccade.mil.dsmil import DSMIL
 from saccade.mil.encoders import Encoder, load_encoder, wrap_model
 from saccade.mil.extraction import extract, find_slides
+from saccade.mil.heatmap import draw_heatmap, normalize_scores, tile_map
+from saccade.mil.heatmap_run import HeatmapOptions, draw_heatmaps
 from saccade.mil.inference import TrainedClassifier, load_classifier, predict_bags
 from saccade.mil.instance_pooling import MaxPooling, MeanPooling
 from saccade.mil.loading import load_model
 from saccade.mil.model import MILModel, MILOutput, create_model, models
+from saccade.mil.score_maps import ScoreMaps, load_scores
 from saccade.mil.slide import Slide
 from saccade.mil.tiles import TileGrid, TileOptions, make_grid
 from saccade.mil.tissue import Polygon, Tissue, TissueOptions, find_tissue
@@ -34,11 +37,13 @@ __all__ = [
     "DSMIL",
     "Bag",
     "Encoder",
+    "HeatmapOptions",
     "MILModel",
     "MILOutput",
     "MaxPooling",
     "MeanPooling",
     "Polygon",
+    "ScoreMaps",
     "Slide",
     "SlideClassifier",
     "TileGrid",
@@ -49,6 +54,8 @@ __all__ = [
     "TransMIL",
     "attention_entropy_maximization",
     "create_model",
+    "draw_heatmap",
+    "draw_heatmaps",
     "extract",
     "find_bags",
     "find_slides",
@@ -58,12 +65,15 @@ __all__ = [
     "load_classifier",
     "load_encoder",
     "load_model",
+    "load_scores",
     "make_grid",
     "models",
+    "normalize_scores",
     "predict_bags",
     "save_bag",
     "save_clam",
     "save_trident",
+    "tile_map",
     "wrap_model",
 ]
 

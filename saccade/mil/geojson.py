@@ -45,7 +45,7 @@ def write_tiles(
     coords: NDArray[Any],
     width: float,
     height: float,
-    measurements: Mapping[str, Sequence[float]] | None = None,
+    measurements: Mapping[str, Sequence[float] | NDArray[Any]] | None = None,
 ) -> None:
     """Write tiles as QuPath tile objects, which stay quick by the thousand.
 

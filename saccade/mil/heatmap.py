@@ -9,10 +9,20 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from saccade.errors import ConfigError, ShapeError
+from saccade.errors import ConfigError, ShapeError, suggest
 from saccade.mil.slide_backends import Pixels
+from saccade.mil.tissue import Polygon, rasterize
 
-__all__ = ["NORMALIZATIONS", "Heatmap", "draw_heatmap", "normalize_scores", "tile_map"]
+__all__ = [
+    "NORMALIZATIONS",
+    "Heatmap",
+    "blend_heatmap",
+    "colour_heatmap",
+    "draw_heatmap",
+    "hide_outside",
+    "normalize_scores",
+    "tile_map",
+]
 
 Scores = NDArray[np.float64]
 NORMALIZATIONS = ("percentile", "minmax", "times-uniform", "none")
@@ -125,6 +135,61 @@ def box_sums(low: NDArray[np.int64], high: NDArray[np.int64], weight: Scores | N
     return np.asarray(table.reshape(rows, columns).cumsum(0).cumsum(1)[:-1, :-1])
 
 
+def colour_heatmap(
+    heatmap: Heatmap, *, colormap: str = "coolwarm", limits: tuple[float, float] | None = None, smooth: float = 0.0
+) -> Pixels:
+    """Return a map as a picture with a transparent background.
+
+    Args:
+        heatmap: The map.
+        colormap: matplotlib's name.
+        limits: Values at both ends of the colours; ``None`` means the smallest and the largest.
+        smooth: Standard deviation of a Gaussian in pixels of the map; covered pixels alone count.
+
+    Returns:
+        RGBA uint8 ``(Y, X, 4)``, alpha 255 where there is a tile, else 0.
+
+    Raises:
+        ConfigError: If there is no such colormap.
+    """
+    import cv2
+    from matplotlib import colormaps
+
+    if colormap not in colormaps:
+        raise ConfigError(f"matplotlib has no colormap {colormap!r}.{suggest(colormap, colormaps)}")
+    values, covered = heatmap.values, heatmap.covered
+    if smooth > 0:
+        weight = cv2.GaussianBlur(covered.astype(np.float64), (0, 0), smooth)
+        blurred = cv2.GaussianBlur(np.where(covered, values, 0.0), (0, 0), smooth)
+        values = np.where(covered, blurred / np.maximum(weight, 1e-12), np.nan)
+    low, high = limits or (float(np.nanmin(values)), float(np.nanmax(values))) if covered.any() else (0.0, 1.0)
+    scaled = np.where(covered, values, low) - low
+    table = np.round(colormaps[colormap](np.arange(256))[:, :3] * 255).astype(np.uint8)
+    index = np.clip(scaled / max(high - low, 1e-12) * 256, 0, 255).astype(np.uint8)
+    return np.dstack([table[index], np.where(covered, 255, 0).astype(np.uint8)])
+
+
+def blend_heatmap(colours: Pixels, background: Pixels, alpha: float) -> Pixels:
+    """Lay the colours of a map over a picture; what no tile covers stays as it is.
+
+    Args:
+        colours: RGBA uint8 of :func:`colour_heatmap`; if of another size, pixels are repeated.
+        background: RGB uint8.
+        alpha: Opacity of the map, 0..1.
+
+    Returns:
+        RGB uint8 of the size of the background.
+    """
+    import cv2
+
+    height, width = background.shape[:2]
+    if colours.shape[:2] != (height, width):
+        resized = cv2.resize(colours, (width, height), interpolation=cv2.INTER_NEAREST)
+        colours = np.asarray(resized, np.uint8)
+    blend = cv2.addWeighted(background, 1 - alpha, np.ascontiguousarray(colours[..., :3]), alpha, 0)
+    return np.where(colours[..., 3:] > 0, blend, background).astype(np.uint8)
+
+
 def draw_heatmap(
     heatmap: Heatmap,
     background: Pixels,
@@ -140,33 +205,24 @@ def draw_heatmap(
         heatmap: The map.
         background: RGB uint8 of the whole slide, any size.
         alpha: Opacity of the map, 0..1.
-        colormap: matplotlib's name.
-        limits: Values at both ends of the colours; ``None`` means the smallest and the largest.
-        smooth: Standard deviation of a Gaussian in pixels of the map; covered pixels alone count.
+        colormap: As in :func:`colour_heatmap`.
+        limits: Likewise.
+        smooth: Likewise.
 
     Returns:
         RGB uint8 of the size of the background.
 
     Raises:
-        ConfigError: If alpha is no share.
+        ConfigError: If alpha is no share, or there is no such colormap.
     """
-    import cv2
-    from matplotlib import colormaps
-
     if not 0 <= alpha <= 1:
         raise ConfigError(f"alpha must be between 0 and 1, got {alpha}.")
-    values, covered = heatmap.values, heatmap.covered
-    if smooth > 0:
-        weight = cv2.GaussianBlur(covered.astype(np.float64), (0, 0), smooth)
-        blurred = cv2.GaussianBlur(np.where(covered, values, 0.0), (0, 0), smooth)
-        values = np.where(covered, blurred / np.maximum(weight, 1e-12), np.nan)
-    low, high = limits or (float(np.nanmin(values)), float(np.nanmax(values))) if covered.any() else (0.0, 1.0)
-    scaled = np.clip((np.where(covered, values, low) - low) / max(high - low, 1e-12), 0, 1)
-    colours = np.asarray(colormaps[colormap](scaled)[..., :3] * 255, np.float32)
-    height, width = background.shape[:2]
-    if values.shape != (height, width):
-        resized = cv2.resize(colours, (width, height), interpolation=cv2.INTER_NEAREST)
-        colours = np.asarray(resized, np.float32)
-        covered = cv2.resize(covered.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) > 0
-    blend = background * (1 - alpha) + colours * alpha
-    return np.where(covered[..., None], np.round(blend), background).astype(np.uint8)
+    return blend_heatmap(colour_heatmap(heatmap, colormap=colormap, limits=limits, smooth=smooth), background, alpha)
+
+
+def hide_outside(heatmap: Heatmap, polygons: tuple[Polygon, ...]) -> Heatmap:
+    """Return the map with NaN outside of outlines, such as those of the tissue in level-0 pixels."""
+    scale = heatmap.downsample
+    shape = (heatmap.values.shape[0], heatmap.values.shape[1])
+    inside = rasterize(polygons, shape, scale, scale)
+    return Heatmap(np.where(inside, heatmap.values, np.nan), scale)

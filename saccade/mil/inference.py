@@ -8,21 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from saccade.batch import BatchOptions, Item, Run, RunSummary, atomic_path, resolve_device, resolve_precision
+from saccade.batch import BatchOptions, Item, Run, RunSummary, resolve_device, resolve_precision
 from saccade.checkpoints import best_checkpoint, file_digest, load_weights, read_checkpoint
 from saccade.datasets.bag_files import Bag, find_bags, load_bag
 from saccade.errors import CheckpointError, ConfigError, DataError
+from saccade.mil.clam import CLAMMB
+from saccade.mil.dsmil import DSMIL
+from saccade.mil.instance_pooling import MaxPooling, MeanPooling
 from saccade.mil.loading import load_model
 from saccade.mil.model import MILModel, MILOutput, create_model
+from saccade.mil.score_maps import save_scores
 from saccade.mil.standardize import Standardize
 from saccade.mil.survival import hazards_to_risk
 
-__all__ = ["TrainedClassifier", "load_classifier", "predict_bags"]
+__all__ = ["TrainedClassifier", "load_classifier", "predict_bags", "save_attention"]
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,8 @@ def predict_bags(
         bags: Folder of bag files.
         classifier: The model.
         out: Table.
-        attention: Folder for ``ID.h5`` with ``attention`` ``(N, branches)``, ``bag_attention`` ``(N,)`` and ``coords``;
-            ``None`` for none.
+        attention: Folder for ``ID.h5`` with ``attention`` ``(N, branches)``, ``bag_attention`` ``(N,)``, ``coords``
+            and, of models that classify tiles, ``instance_logits`` ``(N, C)``; ``None`` for none.
         options: Device, resume, shard, screen.
 
     Raises:
@@ -177,21 +179,32 @@ def predict_one(
         return {"n_tiles": 0}, "no_tissue"
     output = classifier(bag, device, dtype)
     if folder is not None:
-        save_attention(Path(folder) / f"{item.id}.h5", output, bag)
+        save_attention(Path(folder) / f"{item.id}.h5", classifier, output, bag)
     return {**classifier.columns(output), "n_tiles": len(bag)}, ""
 
 
-def save_attention(path: Path, output: MILOutput, bag: Bag) -> None:
-    """Write the attention of one bag, with its coordinates and the attributes of the bag."""
+def save_attention(path: Path, classifier: TrainedClassifier, output: MILOutput, bag: Bag) -> None:
+    """Write what a model says of the tiles of one bag, with its coordinates and the attributes of the bag."""
     whole = output.attention[0].float().cpu().numpy()
     branches = whole[:, None]
     if output.branch_attention is not None:
         one = output.branch_attention[0]
         branches = (one.mean(1) if one.ndim == 3 else one).float().cpu().numpy().T  # heads of a branch: their mean
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
-        file.create_dataset("attention", data=np.ascontiguousarray(branches))
-        file.create_dataset("bag_attention", data=whole)
-        if bag.coords is not None:
-            file.create_dataset("coords", data=bag.coords)
-        for name, value in bag.attributes.items():
-            file.attrs[name] = value
+    logits = None if output.instance_logits is None else output.instance_logits[0].float().cpu().numpy()
+    save_scores(
+        path,
+        attention=whole,
+        branches=branches,
+        branch_names=branch_names(classifier, branches.shape[1]),
+        bag=bag,
+        weights=classifier.weights,
+        logits=logits,
+        logit_names=None if logits is None else classifier.class_names[-logits.shape[1] :],
+    )
+
+
+def branch_names(classifier: TrainedClassifier, count: int) -> list[str]:
+    """Return names of the rows of a model's attention: of classes where each class has one, else numbers from 1."""
+    if isinstance(classifier.model, CLAMMB | DSMIL | MaxPooling | MeanPooling) and classifier.class_names:
+        return [f"class {name}" for name in classifier.class_names[-count:]]
+    return [f"branch {number}" for number in range(1, count + 1)]
