@@ -346,6 +346,35 @@ def var_of(config: dict) -> VAR:
     )
 
 
+def vhr_of(config: dict) -> VHR:
+    """Return VHR in our words."""
+    return VHR(
+        alpha=config["alpha"],
+        layers=tuple(config["layers"]),
+        outlier_filter=config["outlier_filter"],
+        squared_distance=True,
+        min_std=1.0 if config["std_guard"] else 0.0,
+    )
+
+
+def act_of(config: dict) -> ACT:
+    """Return ACT in our words."""
+    heads = {int(layer): tuple(own) for layer, own in config["heads"].items()}
+    return ACT(heads=heads, beta=config["beta"], threshold=config["threshold"])
+
+
+def methods_of(parameters: dict, length: int) -> dict:
+    """Return the methods that a case names, each by the beginning of its name."""
+    make = {
+        "var": var_of,
+        "gift": lambda config: gift_of(config, parameters["positions"], length),
+        "vhr": vhr_of,
+        "act": act_of,
+    }
+    kinds = {name: next((kind for kind in make if name.split("_")[0] == kind), None) for name in parameters}
+    return {name: make[kind](parameters[name]) for name, kind in kinds.items() if kind is not None}
+
+
 @runner("vlm.model_llava_tiny")
 def model_llava_tiny(case: Case) -> None:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -361,23 +390,7 @@ def model_llava_tiny(case: Case) -> None:
     ).eval()
     model.load_state_dict(case.group("state"))
     inputs = {name: t for name, t in case.group("input").items() if name != "forced_tokens"}
-    length = inputs["input_ids"].shape[1]
-    methods = {}
-    for name, own in parameters.items():
-        if name.startswith("var"):
-            methods[name] = var_of(own)
-        elif name.startswith("gift"):
-            methods[name] = gift_of(own, parameters["positions"], length)
-    vhr, act = parameters["vhr"], parameters["act"]
-    methods["vhr"] = VHR(
-        alpha=vhr["alpha"],
-        layers=tuple(vhr["layers"]),
-        outlier_filter=vhr["outlier_filter"],
-        squared_distance=True,
-        min_std=1.0 if vhr["std_guard"] else 0.0,
-    )
-    heads = {int(layer): tuple(own) for layer, own in act["heads"].items()}
-    methods["act"] = ACT(heads=heads, beta=act["beta"], threshold=act["threshold"])
+    methods = methods_of(parameters, inputs["input_ids"].shape[1])
     run_model(case, model, inputs, methods)
 
 
@@ -393,5 +406,4 @@ def model_qwen2vl_tiny(case: Case) -> None:
     model.load_state_dict(case.group("state"))
     inputs = {name: t for name, t in case.group("input").items() if name != "forced_tokens"}
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == config["top"]["image_token_id"]).long()
-    gift = gift_of(parameters["gift"], parameters["positions"], inputs["input_ids"].shape[1])
-    run_model(case, model, inputs, {"gift": gift})
+    run_model(case, model, inputs, methods_of(parameters, inputs["input_ids"].shape[1]))
