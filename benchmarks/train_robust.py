@@ -187,9 +187,9 @@ def summary(data: str, variant: str) -> dict[str, Any]:
                 "total_seconds": run["total_seconds"],
             }
         )
-    kinds = ("clean", "corrupted", "retention", "adl")
-    mean = {kind: statistics.mean(seed[kind] for seed in seeds) for kind in kinds}
-    spread = {kind: statistics.stdev([seed[kind] for seed in seeds]) if len(seeds) > 1 else 0.0 for kind in kinds}
+    values = {kind: [seed[kind] for seed in seeds] for kind in ("clean", "corrupted", "retention", "adl")}
+    mean = {kind: statistics.mean(found) for kind, found in values.items() if found}
+    spread = {kind: statistics.stdev(found) if len(found) > 1 else 0.0 for kind, found in values.items()}
     return {"data": data, "variant": variant, "mean": mean, "standard_deviation": spread, "seeds": seeds}
 
 
@@ -211,6 +211,9 @@ def report() -> None:
     for data in SETS:
         for variant in VARIANTS:
             case = summary(data, variant)
+            if not case["seeds"]:
+                print(f"{data:<16}{variant:<18}not run")
+                continue
             columns = (
                 f"{case['mean'][kind]:.3f} +- {case['standard_deviation'][kind]:.3f}".rjust(16)
                 for kind in ("clean", "corrupted", "retention", "adl")
