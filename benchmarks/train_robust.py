@@ -189,7 +189,7 @@ def summary(data: str, variant: str) -> dict[str, Any]:
         )
     values = {kind: [seed[kind] for seed in seeds] for kind in ("clean", "corrupted", "retention", "adl")}
     mean = {kind: statistics.mean(found) for kind, found in values.items() if found}
-    spread = {kind: statistics.stdev(found) if len(found) > 1 else 0.0 for kind, found in values.items()}
+    spread = {kind: statistics.stdev(found) if len(found) > 1 else None for kind, found in values.items()}
     return {"data": data, "variant": variant, "mean": mean, "standard_deviation": spread, "seeds": seeds}
 
 
@@ -215,8 +215,8 @@ def report() -> None:
                 print(f"{data:<16}{variant:<18}not run")
                 continue
             columns = (
-                f"{case['mean'][kind]:.3f} +- {case['standard_deviation'][kind]:.3f}".rjust(16)
-                for kind in ("clean", "corrupted", "retention", "adl")
+                f"{mean:.3f} +- {'-' if spread is None else format(spread, '.3f')}".rjust(16)
+                for mean, spread in zip(case["mean"].values(), case["standard_deviation"].values(), strict=True)
             )
             print(f"{data:<16}{variant:<18}{''.join(columns)}   {len(case['seeds'])} seeds")
             cases.append(case)
