@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer, seed_everything
 from saccade.datasets import ScanpathData
 from saccade.datasets.drawn_search import search_scenes
 from saccade.errors import CheckpointError, ConfigError
-from saccade.gaze import ScanpathPredictor, load_predictor, log_prob
+from saccade.gaze import FeatureFile, ScanpathPredictor, load_predictor, log_prob
 from saccade.gaze.formats import write_scanpaths
 
 SMALL = {"width": 48, "heads": 2, "hidden": 32, "encoder_layers": 1, "decoder_layers": 1, "position_rows": 7}
@@ -131,3 +131,25 @@ def test_default_schedule_rises_and_falls_to_zero():
     train(model, data, 3)
     assert rates[0] < rates[3] < max(rates) == pytest.approx(1e-2)
     assert rates[-1] < 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:.*longer than mean:saccade.gaze.validation.ScanpathWarning")
+def test_training_on_features_of_an_encoder(tmp_path):
+    scenes, paths = search_scenes(12)
+    write_scanpaths(paths, tmp_path / "paths.h5")
+    kinds = {
+        scene.name: (
+            torch.from_numpy(scene.boxes).float(),
+            torch.nn.functional.one_hot(torch.from_numpy(scene.colour), 4).float(),
+        )
+        for scene in scenes
+    }
+    FeatureFile.write(tmp_path / "colours.h5", kinds, encoder="colours")
+    options = {"root": str(tmp_path / "paths.h5"), "seen": "features", "features": str(tmp_path / "colours.h5")}
+    data = ScanpathData(**options)
+    model = ScanpathPredictor(**SMALL, seen="features", feature_dim=4)
+    train(model, data, 1)
+    assert model.facts["features"] == {"kind": "features", "encoder": "colours"}
+    batch = next(iter(data.val_dataloader()))
+    first = kinds[batch["image"][0]][1]
+    assert torch.equal(batch["scenes"].features[0, : len(first)], first)
