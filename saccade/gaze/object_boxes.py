@@ -76,7 +76,7 @@ def boxes_by_detector(weights: str | Path, *, threshold: float = 0.5) -> BoxSour
 
     Args:
         weights: State dict of ``fasterrcnn_mobilenet_v3_large_320_fpn``, which nothing here downloads.
-        threshold: Keep detections with at least this score.
+        threshold: Keep detections above this score.
 
     Raises:
         ConfigError: If there is no such file.
@@ -86,13 +86,15 @@ def boxes_by_detector(weights: str | Path, *, threshold: float = 0.5) -> BoxSour
     from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
     from torchvision.transforms.functional import to_tensor
 
-    detector = fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None).eval()
+    detector = fasterrcnn_mobilenet_v3_large_320_fpn(
+        weights=None, weights_backbone=None, box_score_thresh=threshold
+    ).eval()
     load_weights(detector, state, source=weights)
 
     @torch.inference_mode()
     def detect(name: str, image: Image.Image) -> ObjectBoxes:
         (found,) = detector([to_tensor(image)])
-        boxes = found["boxes"][found["scores"] >= threshold].clone()
+        boxes = found["boxes"].clone()
         if not len(boxes):
             raise DataError(f"The detector finds no object in {name!r}.", reason="no_objects")
         return ObjectBoxes(boxes)

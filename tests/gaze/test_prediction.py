@@ -26,7 +26,8 @@ from saccade.gaze import (
     read_boxes,
 )
 from saccade.gaze.formats import read_scanpaths, write_scanpaths
-from saccade.gaze.object_boxes import find_target
+from saccade.gaze.object_boxes import boxes_by_detector, find_target
+from saccade.gaze.object_features import clip_text_features
 from saccade.gaze.prediction import Query, Strategy
 from tests.gaze.oat_cases import small_oat
 from tests.helpers import assert_close, run_cli
@@ -245,3 +246,38 @@ def test_batches_and_precision(folder, tmp_path):
     assert (tmp_path / "1.csv").read_text() == (tmp_path / "2.csv").read_text() == (tmp_path / "32.csv").read_text()
     summary = predict(folder, tmp_path / "half.csv", options=BatchOptions(precision="bf16"), **options)
     assert summary.done == 3
+
+
+def test_target_in_words_needs_clip():
+    with pytest.raises(ConfigError, match="needs an open_clip encoder, the model was trained with 'resnet18'"):
+        clip_text_features("resnet18", ["a mug"])
+    with pytest.raises(ConfigError, match=r"Unknown open_clip model 'ViT-S-32-alto'.* Did you mean 'ViT-S-32-alt'"):
+        clip_text_features("open_clip:ViT-S-32-alto", ["a mug"])
+    with pytest.raises(ConfigError, match="names no weights: add a tag"):
+        clip_text_features("open_clip:ViT-S-32-alt", ["a mug"])
+
+
+@pytest.mark.slow
+def test_target_in_words_is_the_text_tower(tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    model = open_clip.create_model("ViT-S-32-alt").eval()
+    torch.save(model.state_dict(), tmp_path / "clip.pt")
+    features = clip_text_features("open_clip:ViT-S-32-alt", ["a mug", "a cup"], weights=str(tmp_path / "clip.pt"))
+    with torch.inference_mode():
+        tokens = open_clip.get_tokenizer("ViT-S-32-alt")(["a mug", "a cup"])
+        assert_close(features, model.encode_text(tokens, normalize=True))
+
+
+@pytest.mark.slow
+def test_detector_finds_boxes_inside_the_image(tmp_path):
+    from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
+
+    torch.manual_seed(0)
+    detector = fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None)
+    torch.save(detector.state_dict(), tmp_path / "detector.pth")
+    image = search_scenes(1)[0][0].image
+    found = boxes_by_detector(tmp_path / "detector.pth", threshold=0.0)("a.png", image).boxes
+    assert (found >= 0).all()
+    assert (found[:, 2] <= image.width).all()
+    with pytest.raises(DataError, match="finds no object"):
+        boxes_by_detector(tmp_path / "detector.pth", threshold=1.0)("a.png", image)
