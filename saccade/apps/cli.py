@@ -49,6 +49,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("classify", "Run on your files", "class probabilities of images, as a table", "classify"),
     Command("embed", "Run on your files", "feature vectors of images, as HDF5, npy or zarr", "embed"),
     Command("attend", "Run on your files", "pictures of where a model looks", "attend"),
+    Command("analyze", "Run on your files", "what attention heads do, and what each is worth: a report", "analyze"),
     Command(
         "robustness", "Run on your files", "accuracy under corruption and shift (ImageNet-C, -P, -A, ...)", "robustness"
     ),

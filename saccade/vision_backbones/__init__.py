@@ -11,6 +11,7 @@ import saccade.vision_backbones.overlock  # registers its models
 import saccade.vision_backbones.rvt  # registers its models  # noqa: F401
 
 if TYPE_CHECKING:
+    from saccade.vision_backbones.analysis import analyze as analyze
     from saccade.vision_backbones.attention_overlays import attend as attend
     from saccade.vision_backbones.classifier import ImageClassifier as ImageClassifier
     from saccade.vision_backbones.convert import convert_checkpoint as convert_checkpoint
@@ -31,6 +32,7 @@ LAZY = {
     "ModelSource": "loading",
     "RobustClassifier": "robust_classifier",
     "RobustnessSummary": "robustness",
+    "analyze": "analysis",
     "attend": "attention_overlays",
     "classify": "inference",
     "convert_checkpoint": "convert",
@@ -46,6 +48,7 @@ __all__ = [
     "ModelSource",
     "RobustClassifier",
     "RobustnessSummary",
+    "analyze",
     "attend",
     "classify",
     "convert_checkpoint",
