@@ -81,6 +81,11 @@ SCREENS = {
             "saccade attend mixed/33.png -m biformer_tiny --random-weights -o routes/ --method routes --at 20,70",
         ],
     ),
+    "analyze": (
+        "What the attention heads of a vision transformer do, and what each is worth: a [report](analyze.md) with "
+        "tables and pictures. The model in this screen has random weights.",
+        ["saccade analyze mixed/ -m test_vit --random-weights --img-size 64 -o report/"],
+    ),
     "robustness": (
         "Accuracy of a classifier under corruption and shift: ImageNet-C, -P, -A, -R, -Sketch, -V2, or corruptions "
         "made on the fly of any folder of images. Folders that a download lacks are named, never skipped.",

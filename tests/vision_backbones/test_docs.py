@@ -13,11 +13,11 @@ import saccade.vision_backbones
 from tests.attention.test_docs import check
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-PAGES = [*sorted(DOCS.glob("backbones*.md")), DOCS / "robust.md", DOCS / "robustness.md"]
+PAGES = [*sorted(DOCS.glob("backbones*.md")), DOCS / "analyze.md", DOCS / "robust.md", DOCS / "robustness.md"]
 MODULES = [
-    module.name for module in pkgutil.iter_modules(saccade.vision_backbones.__path__, "saccade.vision_backbones.")
+    module.name for module in pkgutil.walk_packages(saccade.vision_backbones.__path__, "saccade.vision_backbones.")
 ]
-EXAMPLES = ("overlock", "biformer", "diversity", "token_pooling")
+EXAMPLES = ("overlock", "biformer", "diversity", "token_pooling", "measurement", "profile", "pruning")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
