@@ -6,6 +6,7 @@ python docs/record_cli.py gaze merge  # these sections; the others stay as they 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ from saccade.apps.completion import parser_places
 from saccade.datasets import save_scenes, search_scenes
 from saccade.gaze import Scanpath, ScanpathSet, write_scanpaths
 from saccade.mil import create_model
+from saccade.vlm.evaluation import POPE_SETS, build_pope, read_coco_objects, sample_pope_images
 
 PAGE = Path(__file__).with_name("cli.md")
 COLUMNS = 100
@@ -109,11 +111,14 @@ SCREENS = {
     "vlm": (
         "Multimodal models of Hugging Face under interventions on their attention; see [decoding](vlm.md). The model "
         "in these screens has random weights and answers with noise. A picture that cannot be read becomes a failed "
-        "row, and the exit code is 3.",
+        "row, and the exit code is 3. The answers that `evaluate` scores here were drawn at random, right more often in "
+        "the second file; see [evaluation](vlm-evaluation.md).",
         [
             "saccade vlm generate -m local-dir:llava --jsonl questions.jsonl --image-folder mixed/ -o answers.jsonl "
             "--intervention vhr --max-new-tokens 8",
             "saccade vlm calibrate -m local-dir:llava --jsonl questions.jsonl --image-folder mixed/ --limit 1",
+            "saccade vlm questions pope --data pope/ --build instances.json --num-images 50 -o pope.jsonl",
+            "saccade vlm evaluate pope --data pope/ --answers greedy.jsonl var.jsonl -o scores.json",
         ],
     ),
     "gaze": (
@@ -183,6 +188,7 @@ def main(names: list[str]) -> None:
         write_scanpaths_of(folder)
         write_search(folder)
         write_questions(folder)
+        write_pope(folder)
         for command in COMMANDS:
             heading = f"## {command.name}\n"
             if names and command.name not in names:
@@ -267,6 +273,27 @@ def write_questions(folder: Path) -> None:
     rows = [("cat", "33.png", "Describe the image."), ("second", "broken.jpg", "Is there a dog?")]
     lines = [f'{{"id": "{key}", "image": "{image}", "prompt": "{prompt}"}}\n' for key, image, prompt in rows]
     (folder / "questions.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def write_pope(folder: Path) -> None:
+    """Write ``instances.json`` of 60 images, ``pope/``, and drawn answers to it, ``greedy.jsonl`` and ``var.jsonl``."""
+    names = ("dog", "cat", "car", "bus", "tv", "bed", "cup", "kite")
+    generator = np.random.default_rng(0)
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.jpg"} for i in range(60)],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(names)],
+        "annotations": [
+            {"image_id": i, "category_id": int(c)} for i in range(60) for c in generator.permutation(8)[:3]
+        ],
+    }
+    (folder / "instances.json").write_text(json.dumps(content), encoding="utf-8")
+    images = sample_pope_images(read_coco_objects(folder / "instances.json"), 50)
+    rows = [question.row() for split in POPE_SETS for question in build_pope(images, split)]
+    for file, method, wrong in (("greedy.jsonl", "none", 0.25), ("var.jsonl", "var", 0.15)):
+        with (folder / file).open("w", encoding="utf-8") as lines:
+            for row, at_random in zip(rows, generator.random(len(rows)) < wrong, strict=True):
+                answer = "Yes, there is." if at_random else row["label"].capitalize()
+                lines.write(json.dumps({**row, "answer": answer, "intervention": method}) + "\n")
 
 
 def screen(call: str, folder: Path, longest: int | None) -> str:

@@ -17,6 +17,8 @@ EXAMPLES = {
 # name, one line, module of saccade.apps with add_arguments(parser) and run(args) -> int
 SUBCOMMANDS = (
     ("generate", "answers to questions about pictures", "vlm_generate"),
+    ("questions", "the question file of a benchmark", "vlm_questions"),
+    ("evaluate", "scores of answers: POPE, CHAIR, MOSSBench", "vlm_evaluate"),
     ("calibrate", "sink channels and layers of a model that no paper lists", "vlm_calibrate"),
 )
 

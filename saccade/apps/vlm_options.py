@@ -23,11 +23,11 @@ __all__ = [
 ]
 
 
-def add_vlm_model_options(parser: argparse.ArgumentParser) -> None:
+def add_vlm_model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Add ``-m`` and what goes with it."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "-m", "--model", required=True, metavar="NAME", help="local-dir:PATH (save_pretrained) or hf-hub:ORG/NAME"
+        "-m", "--model", required=required, metavar="NAME", help="local-dir:PATH (save_pretrained) or hf-hub:ORG/NAME"
     )
     group.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code that the model brings (read it first)"

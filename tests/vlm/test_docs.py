@@ -1,19 +1,23 @@
-"""The examples in the page on decoding do what they say."""
+"""The examples in the pages on decoding and its evaluation do what they say."""
 
 import doctest
 import re
 from pathlib import Path
 
+import pytest
+
 import saccade.vlm.intervene
 from tests.attention.test_docs import check
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "vlm.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
-def test_page():
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    test = doctest.DocTestParser().get_doctest("\n".join(blocks), {}, PAGE.name, str(PAGE), 0)
-    assert check(test) > 20
+@pytest.mark.parametrize("name", ["vlm.md", "vlm-evaluation.md"])
+def test_page(name):
+    page = DOCS / name
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    test = doctest.DocTestParser().get_doctest("\n".join(blocks), {}, name, str(page), 0)
+    assert check(test) > 15
 
 
 def test_docstrings():

@@ -175,6 +175,7 @@ def test_measured(tmp_path):
     evaluation = evaluate_runs([measured], resamples=100)
     assert measured.facts["unparsed"] == 40
     assert len(measured.units) == 20
+    assert measured.outcomes["macro", "accuracy"].sum() == 320
     groups = ["random", "popular", "adversarial", "macro"]
     by_set = [evaluation.score("a", group, "accuracy").value for group in groups]
     assert by_set[3] == pytest.approx(np.mean(by_set[:3]))

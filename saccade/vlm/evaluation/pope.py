@@ -201,13 +201,18 @@ def measure_pope(questions: Sequence[POPEQuestion], file: AnswerFile, *, scoring
                 scores["macro", metric] = np.mean([part[metric] for part in by_set], 0)
         return scores
 
+    outcomes = {(name, "accuracy"): np.array(found) for name, found in right.items()}
+    if (
+        len({len(found) for found in right.values()}) == 1 < len(sets)
+    ):  # then the mean of the sets is that of all answers
+        outcomes["macro", "accuracy"] = np.concatenate(list(outcomes.values()))
     return Measured(
         file.name,
         file.intervention,
         units,
         counts.reshape(len(units), -1),
         statistic,
-        {(name, "accuracy"): np.array(found) for name, found in right.items()},
+        outcomes,
         {**answer_facts(answers), "unparsed": sum(not pope_answer(answer.text, "strict") for answer in answers)},
         rows,
     )
