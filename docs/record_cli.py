@@ -111,8 +111,8 @@ SCREENS = {
     "vlm": (
         "Multimodal models of Hugging Face under interventions on their attention; see [decoding](vlm.md). The model "
         "in these screens has random weights and answers with noise. A picture that cannot be read becomes a failed "
-        "row, and the exit code is 3. The answers that `evaluate` scores here were drawn at random, right more often in "
-        "the second file; see [evaluation](vlm-evaluation.md).",
+        "row, and the exit code is 3. The answers that `evaluate` scores here were drawn at random, right more often "
+        "in the second file; see [evaluation](vlm-evaluation.md).",
         [
             "saccade vlm generate -m local-dir:llava --jsonl questions.jsonl --image-folder mixed/ -o answers.jsonl "
             "--intervention vhr --max-new-tokens 8",
