@@ -115,6 +115,9 @@ def test_files(tmp_path):
     expected = POPEQuestion("random", "1", "a.jpg", "Is there a dog?", "yes")
     assert read_pope(tmp_path)[0] == expected
     assert [q.split for q in read_pope(tmp_path)] == ["random", "popular"]
+    (tmp_path / "sample").mkdir()
+    write_jsonl(tmp_path / "sample" / "pope_coco_random_sample.jsonl", rows)
+    assert read_pope(tmp_path / "sample") == [expected]
     merged = write_jsonl(tmp_path / "questions.jsonl", [q.row() for q in read_pope(tmp_path)])
     assert read_pope(merged) == read_pope(tmp_path)
     write_jsonl(tmp_path / "gqa_pope_random.json", rows)
@@ -129,7 +132,7 @@ def test_files(tmp_path):
     with pytest.raises(ConfigError, match=r"row 2: id '1' was there before"):
         read_pope(write_jsonl(tmp_path / "x.jsonl", rows * 2))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"no file that ends in random, popular or adversarial"):
+    with pytest.raises(ConfigError, match=r"no file named after random, popular or adversarial"):
         read_pope(tmp_path / "empty")
 
 
@@ -187,5 +190,7 @@ def test_measured(tmp_path):
     sample = {"question_id": row["question_id"], "score": 1.0, "prediction": "no", "ground_truth": "no"}
     assert row["pope_accuracy"] == row["pope_f1_score"] == sample
     assert (row["filtered_resps"], row["target"]) == (["no"], "no")
+    theirs = measure_pope(questions, read_answers(tmp_path / "a.jsonl"), scoring="lmms_eval").rows
+    assert {row["pope_recall"]["prediction"] for row in theirs} == {"yes", "no", "maybe"}  # as lmms-eval writes them
     alone = measure_pope(questions[:120], read_answers(tmp_path / "a.jsonl"))
     assert {group for group, _ in alone.statistic(alone.counts.sum(0))} == {"random"}

@@ -17,6 +17,7 @@ __all__ = ["AnswerFile", "GivenAnswer", "answer_facts", "looks_like_refusal", "m
 TEXTS = ("answer", "text", "caption")
 IDS = ("id", "question_id", "image_id", "pid")
 SETS = ("split", "category", "set")
+SET_NAMES = ("random", "popular", "adversarial", "benign", "contrast")
 REFUSAL = re.compile(
     r"\b(?:i(?:'m| am) (?:sorry|not able|unable)|i (?:can(?:not|'t| not)|won't|will not|must decline|apologi[sz]e)|"
     r"(?:sorry|unfortunately), (?:but )?i\b|as an ai\b|i am an ai\b|i'm an ai\b|"
@@ -71,8 +72,8 @@ def read_answers(source: str | Path) -> AnswerFile:
     Args:
         source: JSON Lines or one JSON array, rows with ``id`` (or ``question_id``, ``image_id``, ``pid``) and
             ``answer`` (or ``text``, ``caption``). The question set is read from ``split`` (or ``category``, ``set``).
-            In a folder with several ``.jsonl`` or ``.json`` files each holds one set, named by its last word:
-            ``coco_pope_random.json``.
+            In a folder with several ``.jsonl`` or ``.json`` files each holds one set, which its name tells:
+            ``random`` of ``coco_pope_random.json``; the last word, if none is known.
 
     Raises:
         ConfigError: If it cannot be read, a row has no id or an answer that is not text, an id comes twice in a set, or
@@ -84,9 +85,15 @@ def read_answers(source: str | Path) -> AnswerFile:
     files = [p for p in sorted(path.glob("*.json*")) if p.suffix in (".json", ".jsonl") and not is_journal(p)]
     if not files:
         raise ConfigError(f"{path} holds no .jsonl or .json file of answers.")
-    words = {file: re.split(r"[_\-. ]", file.stem)[-1] if len(files) > 1 else "" for file in files}
+    words = {file: set_of_file(file) if len(files) > 1 else "" for file in files}
     rows = [answer for file in files for answer in read_rows(file, words[file])]
     return AnswerFile(path.name, unique(rows, path))
+
+
+def set_of_file(path: Path) -> str:
+    """Return the question set that a file's name tells: a known one among its words, or else the last word."""
+    words = re.split(r"[_\-. ]", path.stem)
+    return next((word for word in reversed(words) if word in SET_NAMES), words[-1])
 
 
 def is_journal(path: Path) -> bool:

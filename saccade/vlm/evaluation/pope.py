@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from saccade.errors import ConfigError, suggest
-from saccade.vlm.evaluation.answers import AnswerFile, GivenAnswer, answer_facts, match_answers
+from saccade.vlm.evaluation.answers import AnswerFile, GivenAnswer, answer_facts, match_answers, set_of_file
 from saccade.vlm.evaluation.pope_questions import POPE_SETS, POPEQuestion
 from saccade.vlm.evaluation.statistics import Floats, Key, Measured, ratio
 from saccade.vlm.questions import Question, json_rows
@@ -34,8 +34,8 @@ def read_pope(source: str | Path) -> list[POPEQuestion]:
     Args:
         source: A file in one of POPE's two layouts, JSON Lines or one JSON array, rows with ``question_id`` (or
             ``id``), ``image``, ``text`` (or ``prompt``, ``question``) and ``label``; its set is the rows' ``split`` or
-            ``category``, or the last word of the file's name. Or a folder: its files that end in ``random``,
-            ``popular`` and ``adversarial``, or else ``questions.jsonl``.
+            ``category``, or what the file's name tells. Or a folder: its files with ``random``, ``popular`` and
+            ``adversarial`` in their names, or else ``questions.jsonl``.
 
     Raises:
         ConfigError: If nothing is found, two files are of one set, a row lacks something, a label is neither yes nor
@@ -50,7 +50,7 @@ def read_pope(source: str | Path) -> list[POPEQuestion]:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"Cannot read the questions in {file}: {error}.") from error
         for number, row in enumerate(rows, start=1):
-            question = as_question(row, f"{file}, row {number}", last_word(file))
+            question = as_question(row, f"{file}, row {number}", set_of_file(file))
             if (question.split, question.id) in questions:
                 raise ConfigError(f"{file}, row {number}: id {question.id!r} was there before; ids must be unique.")
             questions[question.split, question.id] = question
@@ -61,21 +61,16 @@ def read_pope(source: str | Path) -> list[POPEQuestion]:
 
 def pope_files(folder: Path) -> list[Path]:
     """Return the question files of a folder, in the order of ``POPE_SETS``."""
-    candidates = [path for path in sorted(folder.glob("*.json*")) if last_word(path) in POPE_SETS]
-    of_set = {name: [path for path in candidates if last_word(path) == name] for name in POPE_SETS}
+    candidates = [path for path in sorted(folder.glob("*.json*")) if set_of_file(path) in POPE_SETS]
+    of_set = {name: [path for path in candidates if set_of_file(path) == name] for name in POPE_SETS}
     for name, paths in of_set.items():
         if len(paths) > 1:
             raise ConfigError(f"{folder} has several files of the set {name!r}: {', '.join(p.name for p in paths)}.")
     merged = folder / "questions.jsonl"
     files = [path for paths in of_set.values() for path in paths] or ([merged] if merged.is_file() else [])
     if not files:
-        raise ConfigError(f"{folder} has no file that ends in random, popular or adversarial, and no questions.jsonl.")
+        raise ConfigError(f"{folder} has no file named after random, popular or adversarial, and no questions.jsonl.")
     return files
-
-
-def last_word(path: Path) -> str:
-    """Return the last word of a file's name: ``random`` of ``coco_pope_random.json``."""
-    return re.split(r"[_\-. ]", path.stem)[-1]
 
 
 def as_question(row: Any, where: str, split: str) -> POPEQuestion:  # noqa: ANN401 - whatever JSON holds
@@ -189,7 +184,7 @@ def measure_pope(questions: Sequence[POPEQuestion], file: AnswerFile, *, scoring
         said = pope_answer(answer.text, scoring)
         counts[place[question.image], sets.index(question.split), cell(question.label, said)] += 1
         right[question.split].append(said == question.label)
-        rows.append(as_row(number, question, answer, said))
+        rows.append(as_row(number, question, answer, said, scoring))
 
     def statistic(sums: Floats) -> Mapping[Key, Floats]:
         """Return the scores of every set and their mean."""
@@ -218,12 +213,12 @@ def measure_pope(questions: Sequence[POPEQuestion], file: AnswerFile, *, scoring
     )
 
 
-def as_row(number: int, question: POPEQuestion, answer: GivenAnswer, said: str) -> dict[str, Any]:
+def as_row(number: int, question: POPEQuestion, answer: GivenAnswer, said: str, scoring: str) -> dict[str, Any]:
     """Return a row with lmms-eval's names of a sample, and ours."""
     score = {
         "question_id": question.id,
         "score": float(said == question.label),
-        "prediction": said,
+        "prediction": answer.text.lower().strip() if scoring == "lmms_eval" else said,
         "ground_truth": question.label,
     }
     return {
