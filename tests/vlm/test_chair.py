@@ -33,6 +33,7 @@ LEMMA, PUBLISHED = ObjectFinder(), ObjectFinder("2018")
         ("three persons' knives", ["person", "knife"], ["person", "knife"]),
         ("The skis of skiers; children, oxen, mice, calves", ["skis", "person", "person", "cow", "mouse", "cow"], None),
         ("the dog's ball isn't (a) \u201cFrisbee\u201d", ["dog", "sports ball", "frisbee"], None),
+        ("grandchildren by buffaloes", ["person", "cow"], ["person", "cow"]),
         ("", [], []),
     ],
 )
@@ -75,7 +76,15 @@ def test_tokens():
 
 
 @pytest.mark.parametrize(
-    ("word", "form"), [("puppies", "puppy"), ("glass", "glas"), ("benches", "bench"), ("us", "us")]
+    ("word", "form"),
+    [
+        ("puppies", "puppy"),
+        ("glass", "glas"),
+        ("benches", "bench"),
+        ("us", "us"),
+        ("firemen", "fireman"),
+        ("buffaloes", "buffalo"),
+    ],
 )
 def test_singular_by_rule(word, form):
     assert singular_by_rule(word) == form

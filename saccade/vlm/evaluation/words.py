@@ -88,8 +88,13 @@ def singular_table(words: Iterable[str]) -> dict[str, str]:
 
 def singular_by_rule(word: str) -> str:
     """Return a word without the ending of a plural, right or wrong: "dogs" gives "dog", "bus" gives "bu"."""
+    for ending, singular in (("children", "child"), ("people", "person"), ("men", "man")):
+        if word.endswith(ending):
+            return word.removesuffix(ending) + singular
     if re.search(r"[^aeiou]ies$", word):
         return word[:-3] + "y"
+    if word.endswith("oes"):
+        return word[:-2]
     if re.search(r"(?:ss|x|ch|sh)es$", word):
         return word[:-2]
     return word[:-1] if len(word) > 2 and word.endswith("s") else word
