@@ -69,11 +69,14 @@ def test_the_folder_that_has_everything(pictures, tmp_path):
     assert len(links) >= len(PICTURES) + len(TABLES)
     assert all((out / link).exists() for link in links)
     heads = read(out / "heads.csv")
+    shares = [[float(v) for k, v in row.items() if k.startswith("cluster")] for row in read(out / "head_patterns.csv")]
+    assert np.allclose(np.sum(shares, 1), 1)
+    again = run_cli("analyze", pictures, *VIT, "-o", out, "--pattern-images", "0", "-j", "1")
+    assert f"resume: {len(GOOD)} already done" in again.stderr
+    assert not any((out / f"{name}.csv").exists() or (out / f"{name}.png").exists() for name in PATTERNS)
     assert len(heads) == 12
     assert sorted(int(row["js_divergence_rank"]) for row in heads) == list(range(1, 13))
     assert len(read(out / "correlations.csv")) == 10
-    shares = [[float(v) for k, v in row.items() if k.startswith("cluster")] for row in read(out / "head_patterns.csv")]
-    assert np.allclose(np.sum(shares, 1), 1)
     with h5py.File(out / "heads.h5") as file:
         columns = file.attrs["columns"].split(",")
         values = file["heads"][:]

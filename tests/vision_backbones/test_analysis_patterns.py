@@ -89,6 +89,9 @@ def test_maps_are_resized_and_measured_before():
     uniform = math.log(1.01)
     assert float((found.maps.float() - uniform).abs().max()) < 0.5  # fresh weights: nearly uniform
     assert_close(found.statistics[:, 5], torch.ones(24), atol=0.01)
+    with torch.autocast("cpu", torch.bfloat16):
+        lower = collect_patterns(model, layers, randn(2, 3, 64, 64))
+    assert_close(lower.maps, found.maps, atol=0.05)
     joined = PatternMaps.join([found, found])
     assert joined.image.tolist()[::12] == [0, 1, 2, 3]
 

@@ -129,6 +129,22 @@ def test_maps_of_our_own_layers_beside_a_collector():
         assert_close(reference.attention_diversification_from_maps(maps, 2.0, 0), value)
 
 
+@pytest.mark.parametrize("importance", ["zero", "none"])
+def test_figures_are_summed_in_float32_under_autocast(importance):
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", img_size=64).eval()
+    measurement = HeadMeasurement(model, (3, 64, 64), importance=importance)
+    images = randn(2, 3, 64, 64)
+    exact, _ = measurement.measure(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        values, logits = measurement.measure(images)
+    assert logits.dtype == torch.float32
+    mass = [i for i, name in enumerate(measurement.columns) if name.startswith("mass_by_hop")]
+    assert_close(values[..., mass].sum(-1), torch.ones(2, 12))
+    spread = mass[-1] + 1
+    assert_close(values[..., :spread], exact[..., :spread], atol=0.02)
+
+
 def test_figures_of_a_model_head_by_head():
     torch.manual_seed(0)
     model = timm.create_model("test_vit", img_size=64).eval()

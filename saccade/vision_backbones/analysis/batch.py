@@ -81,12 +81,11 @@ def analyze(
         raise ConfigError(f"pattern_images must be 0 or more; got {pattern_images}.")
     session = Session(inputs, model, options)
     folder = Path(out)
-    session.items = session.items[: session.options.limit]
     measurement = HeadMeasurement(session.loaded.model, session.loaded.data_config["input_size"], importance=importance)
     truth, note = find_labels(session, labels)
     settings = session.settings | {"labels": "predicted" if truth is None else "folders", "importance": importance}
     if importance == "mean":
-        listed = "\n".join(item.id for item in session.items)
+        listed = "\n".join(item.id for item in session.items[: session.options.limit])
         settings["mean_over"] = hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()[:16]
     array = ArrayOutput(
         folder / "heads.h5",
@@ -175,8 +174,9 @@ def measure_items(run: Run, session: Session, measurement: HeadMeasurement, trut
         if options.dry_run or not pending:
             return
         if measurement.pruning is not None and run.settings["importance"] == "mean":
-            run.reporter.say(f"averaging the outputs of heads over {len(session.items):,} images")
-            measurement.pruning.means = average(session, measurement)
+            everything = session.items[: options.limit]  # of all shards
+            run.reporter.say(f"averaging the outputs of heads over {len(everything):,} images")
+            measurement.pruning.means = average(session, measurement, everything)
         for batch in batches(session, pending):
             if len(batch.errors) == len(batch.indices):
                 values, logits = None, None
@@ -215,11 +215,11 @@ def precision(session: Session) -> AbstractContextManager[object]:
     return torch.autocast(session.device.type, session.dtype) if lower else nullcontext()
 
 
-def average(session: Session, measurement: HeadMeasurement) -> list[Tensor]:
+def average(session: Session, measurement: HeadMeasurement, items: Sequence[Item]) -> list[Tensor]:
     """Average the outputs of all heads over the images that can be read."""
 
     def readable() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in batches(session, session.items):
+        for batch in batches(session, items):
             mask = torch.zeros(len(batch.images), dtype=torch.bool)
             mask[[slot for slot in range(len(batch.indices)) if slot not in batch.errors]] = True
             yield batch.images, mask

@@ -134,7 +134,12 @@ def watch_layers(
             gone before the next layer runs.
     """
     index = {layer.point: i for i, layer in enumerate(layers)}
-    with watch_points(model, list(index), lambda name, maps: receive(index[name], maps)):
+
+    def hand_on(name: str, maps: Tensor) -> None:
+        with torch.autocast(maps.device.type, enabled=False):  # sums over maps need float32
+            receive(index[name], maps)
+
+    with watch_points(model, list(index), hand_on):
         yield
 
 
@@ -146,7 +151,8 @@ def watch_points(model: nn.Module, points: Sequence[str], receive: Callable[[str
 
     def show(name: str, query: Tensor, key: Tensor, **facts: Any) -> None:  # noqa: ANN401 - DiversityReceiver's
         multiplier = facts["logit_multiplier"]
-        maps, _ = reference.softmax_weights(query, key, None, None, False, facts["scale"], multiplier)
+        with torch.autocast(query.device.type, enabled=False):
+            maps, _ = reference.softmax_weights(query, key, None, None, False, facts["scale"], multiplier)
         receive(name, maps)
 
     point: Any

@@ -91,7 +91,7 @@ def collect_patterns(model: nn.Module, layers: Sequence[AttentionLayer], images:
         mass = inner.sum(-1, keepdim=True)
         inner = inner / mass.masked_fill(mass == 0, 1.0) * patches
         small = F.interpolate(inner, size=(SIDE, SIDE), mode="bilinear", antialias=True)
-        maps.append((small.clamp(min=0) + FLOOR).log().half().cpu())
+        maps.append((small.clamp(min=0) + FLOOR).log().cpu())
         figures = (
             profile.mass_by_hop[..., 0],
             profile.near_mass,
@@ -107,7 +107,7 @@ def collect_patterns(model: nn.Module, layers: Sequence[AttentionLayer], images:
     every, figures = torch.cat(maps, 1), torch.cat(statistics, 1)  # (B, T, ...)
     count, heads = every.shape[:2]
     return PatternMaps(
-        every.flatten(0, 1),
+        every.flatten(0, 1).half(),
         figures.flatten(0, 1),
         torch.arange(count).repeat_interleave(heads),
         torch.arange(heads).repeat(count),

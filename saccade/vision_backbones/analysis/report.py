@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from saccade import __version__
 from saccade.batch import atomic_path
-from saccade.batch.tables import write_json, write_table
+from saccade.batch.tables import remove, write_json, write_table
 from saccade.vision_backbones.analysis.layers import AttentionLayer
 from saccade.vision_backbones.analysis.patterns import STATISTICS, PatternMaps, PatternSummary
 from saccade.vision_backbones.analysis.plots import (
@@ -32,6 +32,7 @@ __all__ = ["AnalysisReport", "write_analysis"]
 
 Row = dict[str, Any]
 SHOWN_HEADS = 20
+OPTIONAL = {"correlations", "importance", "clusters", "nearest", "head_patterns"}
 
 PAGE = Template("""<!doctype html>
 <html lang="en">
@@ -133,6 +134,9 @@ def write_analysis(report: AnalysisReport, folder: Path) -> Path:
             "silhouette": report.summary.silhouette,
             "clusters": clusters,
         }
+    for name in OPTIONAL - tables.keys() - figures.keys():  # of an earlier report
+        remove(folder / f"{name}.csv")
+        remove(folder / f"{name}.png")
     for name, rows in tables.items():
         write_table(folder / f"{name}.csv", finite(rows), list(dict.fromkeys(key for row in rows for key in row)))
     for name, figure in figures.items():
@@ -188,7 +192,7 @@ def make_page(
     sections = []
     metrics = metrics_of(heads)
     if metrics:
-        first = metrics[0]
+        first = "js_divergence" if "js_divergence" in metrics else metrics[0]
         best = sorted(heads, key=lambda row: row[f"{first}_rank"])[:SHOWN_HEADS]
         what = "zero" if report.settings["importance"] == "zero" else "its mean over the images"
         sections += [
@@ -199,7 +203,10 @@ def make_page(
             f"<p>The {len(best)} heads that matter most by {html.escape(words(first))}:</p>",
             table(best, ["layer", "head", "pattern", *metrics]),
             "<p>Agreement of the metrics, Spearman's correlation over heads:</p>",
-            table(agreement, ["first", "second", "spearman"]),
+            table(
+                [row | {key: words(row[key]) for key in ("first", "second")} for row in agreement],
+                ["first", "second", "spearman"],
+            ),
         ]
     sections += [
         "<h2>Over layers</h2>",
