@@ -174,8 +174,8 @@ class ACMILGA(ACMIL):
             ShapeError: If shapes do not fit.
         """
         check_bags(bags, mask, self.feature_dim)
-        hidden = self.dimreduction(bags)
-        scores, dropped = self.drop(self.attention(hidden), mask, noise, generator)  # (B, M, N)
+        hidden, scores = self.attention.project(bags, self.dimreduction.fc1.weight)
+        scores, dropped = self.drop(scores, mask, noise, generator)  # (B, M, N)
         pooled = attention_pooling(scores, hidden, mask=None if mask is None else mask[:, None])
         features = pooled.out.mean(1)  # the mean of the softmaxes applied to h
         return MILOutput(

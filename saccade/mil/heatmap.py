@@ -116,8 +116,8 @@ def tile_map(
     low = np.clip(low, 0, (columns, rows)).astype(np.int64)
     high = np.clip(high, 0, (columns, rows)).astype(np.int64)
     sums, counts = (box_sums(low, high, weight, (rows, columns)) for weight in (np.asarray(values, np.float64), None))
-    with np.errstate(invalid="ignore"):
-        return Heatmap(np.where(counts > 0.5, sums / np.maximum(counts, 1), np.nan), downsample)
+    covered = counts > 0.5
+    return Heatmap(np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=covered), downsample)
 
 
 def box_sums(low: NDArray[np.int64], high: NDArray[np.int64], weight: Scores | None, shape: tuple[int, int]) -> Scores:
@@ -130,9 +130,11 @@ def box_sums(low: NDArray[np.int64], high: NDArray[np.int64], weight: Scores | N
         ((low[:, 0], high[:, 1]), -1.0),
         ((high[:, 0], low[:, 1]), -1.0),
     ):
-        amount = np.full(len(x), sign) if weight is None else sign * weight
-        table += np.bincount(y * columns + x, amount, minlength=rows * columns)
-    return np.asarray(table.reshape(rows, columns).cumsum(0).cumsum(1)[:-1, :-1])
+        np.add.at(table, y * columns + x, sign if weight is None else sign * weight)
+    sums = table.reshape(rows, columns)
+    for axis in (0, 1):
+        np.cumsum(sums, axis, out=sums)
+    return sums[:-1, :-1]
 
 
 def colour_heatmap(
