@@ -210,6 +210,10 @@ class TiffBackend:
         """Read a region; see :class:`Backend`."""
         page = self.pages[level]
         tile_width, tile_height = page.tilewidth, page.tilelength
+        if (width, height) == (tile_width, tile_height) and x % width == y % height == 0 <= min(x, y):
+            whole = self.whole_tile(level, x // width, y // height)
+            if whole is not None:
+                return whole
         out = np.full((height, width, 3), fill, np.uint8)
         right, bottom = min(x + width, page.imagewidth), min(y + height, page.imagelength)
         left, top = max(x, 0), max(y, 0)
@@ -228,6 +232,16 @@ class TiffBackend:
                 ]
                 out[y0 - y : y1 - y, x0 - x : x1 - x] = source
         return out
+
+    def whole_tile(self, level: int, column: int, row: int) -> Pixels | None:
+        """Return a native tile that is wanted as it is; it is not kept, because nobody asks for its parts.
+
+        ``None`` means that it is at hand already, reaches beyond the slide, or is not in the file.
+        """
+        page = self.pages[level]
+        index = row * -(-page.imagewidth // page.tilewidth) + column
+        fits = (column + 1) * page.tilewidth <= page.imagewidth and (row + 1) * page.tilelength <= page.imagelength
+        return self.decode(level, index) if fits and (level, index) not in self.cache else None
 
     def tile(self, level: int, index: int) -> Pixels | None:
         """Return a decoded native tile, or ``None`` if the file has none there (sparse pyramids)."""

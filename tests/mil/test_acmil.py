@@ -103,6 +103,32 @@ def test_recomputed_scores_have_the_gradients_of_the_literal_form(monkeypatch):
     assert torch.autograd.gradcheck(attention, hidden)
 
 
+def test_projection_and_scores_have_the_gradients_of_the_literal_form(monkeypatch):
+    monkeypatch.setattr("saccade.mil.gated_attention.CHUNK", 3)
+    torch.manual_seed(0)
+    attention = GatedAttention(5, 4, 2).double()
+    bags = torch.randn(2, 7, 6, dtype=torch.float64, requires_grad=True)
+    projection = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+
+    def literal(bags, projection):
+        hidden = (bags @ projection.T).relu()
+        return hidden, attention(hidden)
+
+    weights = torch.randn(2, 7, 5, dtype=torch.float64), torch.randn(2, 2, 7, dtype=torch.float64)
+    inputs = (bags, projection, *attention.parameters())
+    results = []
+    for function in (attention.project, literal):
+        outputs = function(bags, projection)
+        total = sum((output * weight).sum() for output, weight in zip(outputs, weights, strict=True))
+        results.append((*outputs, *torch.autograd.grad(total, inputs)))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+    assert torch.autograd.gradcheck(attention.project, (bags, projection))
+    with torch.no_grad():
+        for got, expected in zip(attention.project(bags, projection), results[1], strict=False):
+            torch.testing.assert_close(got, expected)
+
+
 def test_loss_of_one_branch_is_the_bag_loss():
     model = ACMILGA(6, 2, 8, 4, branches=1, mask_top=0).train()
     output = model(torch.randn(4, 9, 6))

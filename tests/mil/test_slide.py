@@ -34,6 +34,19 @@ def test_direct_reader_gives_openslides_pixels(tmp_path, compression, region):
     assert np.array_equal(Slide(path, backend="openslide").read(*region), slide.read(*region))
 
 
+def test_a_whole_native_tile_is_the_readers_own(tmp_path):
+    slide = Slide(write_pyramid(tmp_path / "slide.tif", PIXELS))
+    for x, y in ((256, 0), (0, 0), (512, 256)):  # the last one reaches beyond the slide
+        expected = slide.read(x - 1, y - 1, 258, 258)[1:-1, 1:-1].copy()
+        for _ in range(2):
+            tile = slide.read(x, y, 256, 256)
+            assert np.array_equal(tile, expected)
+            tile[:] = 0  # nobody else may see this
+    fresh = Slide(slide.path)
+    fresh.read(256, 0, 256, 256)[:] = 0
+    assert np.array_equal(fresh.read(256, 0, 256, 256), through_openslide(slide.path, 256, 0, 256, 256))
+
+
 def test_pyramid_and_resolution(tmp_path):
     slide = Slide(write_pyramid(tmp_path / "slide.tif", PIXELS, (1, 4), mpp=0.499))
     assert [(level.width, level.height) for level in slide.levels] == [(700, 500), (175, 125)]
