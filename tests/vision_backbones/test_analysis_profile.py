@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from saccade.attention import reference
+from saccade.attention import attention_statistics_from_maps, reference
 from saccade.errors import ConfigError, ShapeError
 from saccade.vision_backbones.analysis import (
     HeadMeasurement,
@@ -129,6 +129,10 @@ def test_maps_of_our_own_layers_beside_a_collector():
         assert_close(reference.attention_diversification_from_maps(maps, 2.0, 0), value)
 
 
+def sink_of(maps):
+    return (attention_statistics_from_maps(maps).importance.amax(-1) > 0.3).float()
+
+
 @pytest.mark.parametrize("importance", ["zero", "none"])
 def test_figures_are_summed_in_float32_under_autocast(importance):
     torch.manual_seed(0)
@@ -148,6 +152,9 @@ def test_figures_are_summed_in_float32_under_autocast(importance):
 def test_figures_of_a_model_head_by_head():
     torch.manual_seed(0)
     model = timm.create_model("test_vit", img_size=64).eval()
+    with torch.no_grad():
+        for block in model.blocks[::2]:
+            block.attn.qkv.weight.mul_(20)  # some layers with sinks
     measurement = HeadMeasurement(model, (3, 64, 64), importance="none")
     images = randn(3, 3, 64, 64)
     values, logits = measurement.measure(images)
@@ -158,6 +165,11 @@ def test_figures_of_a_model_head_by_head():
     assert_close(values[1:2], alone, atol=1e-4)
     column = {name: values[..., i] for i, name in enumerate(measurement.columns)}
     assert_close(sum(column[f"mass_by_hop_{k}"] for k in range(4)), torch.ones(3, 12))
+    sinks = []
+    with watch_layers(model, measurement.layers, lambda index, maps: sinks.append(sink_of(maps))), torch.no_grad():
+        model(images)
+    assert_close(column["sink_rate"], torch.cat(sinks, 1))
+    assert 0 < float(column["sink_rate"].mean()) < 1
     collector = DiversityCollector(model)
     for image in range(3):
         with torch.no_grad(), collector:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from saccade.attention import attention_diversification_from_maps, attention_statistics_from_maps
+from saccade.attention import attention_diversification_from_maps
 from saccade.errors import ConfigError
 from saccade.vision_backbones.analysis.layers import AttentionLayer, find_layers, watch_layers
 from saccade.vision_backbones.analysis.profile import attention_profile
@@ -99,7 +99,7 @@ class HeadMeasurement:
         layer = self.layers[index]
         prefix = layer.prefix_tokens
         profile = attention_profile(maps, layer.grid, prefix_tokens=prefix)
-        strongest = attention_statistics_from_maps(maps).importance.amax(-1)
+        strongest = maps.mean(2).amax(-1)  # importance in `attention_statistics`: here every query sees every key
         focus = torch.stack([attention_diversification_from_maps(one[None], prefix_tokens=prefix) for one in maps])
         figures = [
             profile.prefix_mass,
