@@ -181,7 +181,9 @@ def test_export_holds_torch_operators_only(model):
     exported = torch.export.export(model, (X,), dynamic_shapes=({0: batch, 1: tokens},))
     assert not [node for node in exported.graph.nodes if "saccade" in str(node.target)]
     other = randn(3, 17, 16, seed=1)
-    assert_close(exported.module()(other), model(other))
+    expected = model(other)
+    # Outputs reach 26: 2e-5 was seen on a small one, 8e-7 of the largest, with another number of threads.
+    assert_close(exported.module()(other), expected, atol=1e-5 * expected.abs().max().item())
 
 
 MASK = torch.zeros(1, 1, 5, 5).masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(-1), -torch.inf)
