@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar, cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -63,33 +65,37 @@ class GatedNetwork(nn.Module):
 
 
 class CLAM(MILModel):
-    """What both variants share.
+    """What both variants share; :class:`CLAMSB` and :class:`CLAMMB` are to be used.
 
     Args:
         feature_dim: Width of the features.
         num_classes: Number of classes.
-        rows: Attention rows.
-        size: ``"small"`` (512, 256), ``"big"`` (512, 384), or the two widths.
+        size: ``"small"`` (512, 256), ``"big"`` (512, 384), or hidden and attention width.
         gated: Gated scores.
         dropout: After the first layer and in the attention network, in training.
-        instances: B, tiles taken from each end of the attention.
+        instances: B, tiles taken from each end of the attention (official: 8).
         subtyping: Classes exclude each other: top tiles of the other classes are negatives for them.
-        bag_weight: Weight of the bag's loss; the instances' loss has the rest.
-        instance_loss: ``"ce"`` or ``"svm"``.
+        bag_weight: Weight of the bag's loss (official: 0.7); the instances' loss has the rest.
+        instance_loss: ``"ce"`` or ``"svm"`` (smooth top-1 SVM).
+
+    Source:
+        Lu et al., Nature Biomedical Engineering 2021 (arXiv:2004.09666); keys as in ``mahmoodlab/CLAM``.
     """
+
+    row_per_class: ClassVar[bool]
 
     def __init__(
         self,
         feature_dim: int,
         num_classes: int,
-        rows: int,
-        size: str | tuple[int, int],
-        gated: bool,
-        dropout: float,
-        instances: int,
-        subtyping: bool,
-        bag_weight: float,
-        instance_loss: str,
+        size: str | tuple[int, int] = "small",
+        *,
+        gated: bool = True,
+        dropout: float = 0.25,
+        instances: int = 8,
+        subtyping: bool = False,
+        bag_weight: float = 0.7,
+        instance_loss: str = "ce",
     ) -> None:
         super().__init__(feature_dim, num_classes)
         if isinstance(size, str) and size not in SIZES:
@@ -100,16 +106,19 @@ class CLAM(MILModel):
                 f"{instance_loss!r}, {instances}, {bag_weight}."
             )
         hidden_dim, attention_dim = SIZES[size] if isinstance(size, str) else size
-        self.hidden_dim = hidden_dim
         self.instances, self.subtyping = instances, subtyping
         self.bag_weight, self.instance_loss = bag_weight, instance_loss
         network = GatedNetwork if gated else PlainNetwork
+        rows = num_classes if self.row_per_class else 1
         self.attention_net = nn.Sequential(
             nn.Linear(feature_dim, hidden_dim),
             nn.ReLU(),
             nn.Dropout(dropout),
             network(hidden_dim, attention_dim, rows, dropout),
         )
+        self.classifiers: nn.Module = nn.Linear(hidden_dim, num_classes)
+        if self.row_per_class:
+            self.classifiers = nn.ModuleList(nn.Linear(hidden_dim, 1) for _ in range(num_classes))
         self.instance_classifiers = nn.ModuleList(nn.Linear(hidden_dim, 2) for _ in range(num_classes))
 
     def classify(self, features: Tensor) -> Tensor:
@@ -196,40 +205,9 @@ class CLAM(MILModel):
 
 @register("clam_sb")
 class CLAMSB(CLAM):
-    """CLAM with one attention row for all classes.
+    """CLAM with one attention row for all classes; arguments as of :class:`CLAM`."""
 
-    Args:
-        feature_dim: Width of the features.
-        num_classes: Number of classes.
-        size: ``"small"`` (512, 256), ``"big"`` (512, 384), or hidden and attention width.
-        gated: Gated scores.
-        dropout: In training.
-        instances: B, tiles taken from each end of the attention (official: 8).
-        subtyping: Classes exclude each other.
-        bag_weight: Weight of the bag's loss (official: 0.7).
-        instance_loss: ``"ce"`` or ``"svm"`` (smooth top-1 SVM).
-
-    Source:
-        Lu et al., Nature Biomedical Engineering 2021 (arXiv:2004.09666); keys as in ``mahmoodlab/CLAM``.
-    """
-
-    def __init__(
-        self,
-        feature_dim: int,
-        num_classes: int,
-        size: str | tuple[int, int] = "small",
-        *,
-        gated: bool = True,
-        dropout: float = 0.25,
-        instances: int = 8,
-        subtyping: bool = False,
-        bag_weight: float = 0.7,
-        instance_loss: str = "ce",
-    ) -> None:
-        super().__init__(
-            feature_dim, num_classes, 1, size, gated, dropout, instances, subtyping, bag_weight, instance_loss
-        )
-        self.classifiers = nn.Linear(self.hidden_dim, num_classes)
+    row_per_class = False
 
     def classify(self, features: Tensor) -> Tensor:
         """Map ``(B, 1, D)`` to ``(B, C)``."""
@@ -239,41 +217,11 @@ class CLAMSB(CLAM):
 
 @register("clam_mb")
 class CLAMMB(CLAM):
-    """CLAM with one attention row and one linear unit for each class.
+    """CLAM with one attention row and one linear unit for each class; arguments as of :class:`CLAM`."""
 
-    Args:
-        feature_dim: Width of the features.
-        num_classes: Number of classes.
-        size: ``"small"`` (512, 256), ``"big"`` (512, 384), or hidden and attention width.
-        gated: Gated scores.
-        dropout: In training.
-        instances: B, tiles taken from each end of the attention (official: 8).
-        subtyping: Classes exclude each other.
-        bag_weight: Weight of the bag's loss (official: 0.7).
-        instance_loss: ``"ce"`` or ``"svm"`` (smooth top-1 SVM).
-
-    Source:
-        Lu et al., Nature Biomedical Engineering 2021 (arXiv:2004.09666); keys as in ``mahmoodlab/CLAM``.
-    """
-
-    def __init__(
-        self,
-        feature_dim: int,
-        num_classes: int,
-        size: str | tuple[int, int] = "small",
-        *,
-        gated: bool = True,
-        dropout: float = 0.25,
-        instances: int = 8,
-        subtyping: bool = False,
-        bag_weight: float = 0.7,
-        instance_loss: str = "ce",
-    ) -> None:
-        super().__init__(
-            feature_dim, num_classes, num_classes, size, gated, dropout, instances, subtyping, bag_weight, instance_loss
-        )
-        self.classifiers = nn.ModuleList(nn.Linear(self.hidden_dim, 1) for _ in range(num_classes))
+    row_per_class = True
 
     def classify(self, features: Tensor) -> Tensor:
         """Map ``(B, C, D)`` to ``(B, C)``."""
-        return torch.cat([unit(features[:, row]) for row, unit in enumerate(self.classifiers)], -1)
+        units = cast(nn.ModuleList, self.classifiers)
+        return torch.cat([unit(features[:, row]) for row, unit in enumerate(units)], -1)

@@ -59,6 +59,8 @@ class SlideClassifier(LightningModule):
         ConfigError: If options do not fit each other or the model.
     """
 
+    monitor: ClassVar[tuple[str, Literal["min", "max"]]] = ("val/loss", "min")
+
     def __init__(
         self,
         model: str = "acmil_ga",
@@ -95,17 +97,6 @@ class SlideClassifier(LightningModule):
         self.register_buffer("loss_weight", None, persistent=False)
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.results: list[dict[str, Any]] = []
-
-    @property
-    def monitor(self) -> tuple[str, Literal["min", "max"]]:
-        """What the best checkpoint is chosen by."""
-        return self.MONITORS[self.task]
-
-    MONITORS: ClassVar[dict[str, tuple[str, Literal["min", "max"]]]] = {
-        "classification": ("val/loss", "min"),
-        "regression": ("val/loss", "min"),
-        "survival": ("val/loss", "min"),
-    }
 
     def forward(self, bags: Tensor, mask: Tensor | None = None) -> MILOutput:
         """Run the model on bags ``(B, N, D)`` as they are in the files."""

@@ -366,6 +366,7 @@ class Worker:
             "mpp_y": round(resolution.y, 6),
             "mpp_source": resolution.source,
             "tissue": round(ready.tissue.share, 4),
+            "tissue_source": ready.tissue.source,
             "notices": "; ".join(slide.notices),
         }
         reason = "" if ready.tissue.mask.any() else "no_tissue"
@@ -385,7 +386,9 @@ class Worker:
         features = np.empty((len(grid), encoder.dim), self.dtype)
         kept = np.ones(len(grid), bool)
         size = self.options.batch_size
+        bad_count = 0
         for first, images, bad in self.batches(slide, grid, readers):
+            bad_count += len(bad)
             if self.on_bad_tile != "white":
                 kept[first + np.array(bad, int)] = False
             tiles = torch.from_numpy(images).to(self.device, non_blocking=True)
@@ -395,19 +398,15 @@ class Worker:
             features[first : first + len(images)] = values
         if len(grid) and not kept.any():
             raise DataError(f"{slide.path.name}: none of its {len(grid)} tiles can be decoded.", reason="bad_tile")
-        bad_count = self.bad_count
         attributes = {**tile_attributes(grid, slide), "encoder": encoder.name, "weights": encoder.weights}
         attributes |= {"n_bad_tiles": bad_count, "precision": str(self.precision).removeprefix("torch.")}
         return Bag(features[kept], grid.coords[kept], attributes), bad_count
-
-    bad_count = 0
 
     def batches(
         self, slide: Slide, grid: TileGrid, readers: ThreadPoolExecutor
     ) -> Iterator[tuple[int, NDArray[np.uint8], list[int]]]:
         """Yield first index, tiles and bad slots of each batch; the readers stay two batches ahead."""
         size = self.options.batch_size
-        self.bad_count = 0
 
         def read(index: int) -> Pixels | DataError:
             try:
@@ -438,7 +437,6 @@ class Worker:
                     bad.append(slot)
                 else:
                     images[slot] = result
-            self.bad_count += len(bad)
             submit()
             yield first, images, bad
 

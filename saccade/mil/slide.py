@@ -186,12 +186,6 @@ class Slide:
         method = Image.Resampling.BICUBIC if resample == "bicubic" else Image.Resampling.HAMMING
         return np.asarray(Image.fromarray(pixels).resize(size, method, box=box))
 
-    def thumbnail(self, longest: int = 1024) -> Pixels:
-        """Return the whole slide with its longer side at most ``longest`` pixels, read in blocks."""
-        from saccade.mil.tissue import overview
-
-        return overview(self, max(self.width, self.height) / longest if max(self.width, self.height) > longest else 1.0)
-
     def close(self) -> None:
         """Close this process's handle; a later read opens it again."""
         handle = self.handles.pop(os.getpid(), None)

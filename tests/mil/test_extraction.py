@@ -92,7 +92,8 @@ def test_edited_contours_count(folder, tmp_path):
     (tmp_path / "masks").mkdir()
     write_polygons(tmp_path / "masks" / "good.geojson", [Polygon(square)])
     extract(folder / "good.tif", out=tmp_path, stage="tile", tiles=TILES, options=QUICK)
-    assert entries(tmp_path)["good"]["row"]["n_tiles"] == 9  # 3 x 3 tiles of 64 px
+    row = entries(tmp_path)["good"]["row"]
+    assert (row["n_tiles"], row["tissue_source"]) == (9, "geojson")  # 3 x 3 tiles of 64 px
 
 
 @pytest.mark.parametrize(("policy", "expected"), [("skip", "done"), ("white", "done"), ("fail", "failed")])

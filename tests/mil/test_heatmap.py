@@ -21,13 +21,10 @@ def test_overlapping_tiles_are_averaged():
     rng = np.random.default_rng(0)
     coords = np.unique(rng.integers(0, 40, (60, 2)) * 100 - 100, axis=0)
     values = rng.normal(size=len(coords))
+    assert (coords < 0).any()  # some tiles reach beyond the slide
     got = tile_map(values, coords, 256.5, (4000, 3000), downsample=30)
-    expected = literal_map(values, np.maximum(coords, -256), 256.5, (4000, 3000), 30)
-    inside = (coords >= 0).all(1).all()
-    assert not inside  # some tiles reach beyond the slide
     shifted = literal_map(values, coords + 3000, 256.5, (10000, 9000), 30)[100:200, 100:233]
     np.testing.assert_allclose(got.values, shifted, atol=1e-9)
-    assert got.covered.shape == expected.shape
 
 
 def test_normalisations():
