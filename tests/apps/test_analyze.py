@@ -50,6 +50,7 @@ class Links(html.parser.HTMLParser):
         self.found += [value for name, value in attributes if name in ("src", "href")]
 
 
+@pytest.mark.slow
 def test_the_folder_that_has_everything(pictures, tmp_path):
     out = tmp_path / "report"
     got = run_cli("analyze", pictures, *VIT, "-o", out, "--pattern-images", "2", "-j", "1")

@@ -19,6 +19,7 @@ FILES = [module.name for module in pkgutil.iter_modules(kernels.__path__) if mod
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one block may have
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize("name", FILES)
 def test_builds(name, tmp_path):

@@ -184,6 +184,7 @@ def test_patches_are_zoomed_about_a_place_inside():
     assert 0.07 < (slope < 0).float().mean() < 0.13, "a tenth is flipped"
 
 
+@pytest.mark.slow
 def test_fit_and_classify_on_the_command_line(tmp_path):
     config = tmp_path / "small.yaml"
     config.write_text(
