@@ -205,6 +205,30 @@ def test_sequence_score_does_not_depend_on_the_names_of_objects(pair, seed):
     assert gm.object_edit_distance(*one)[0] >= longest * (1 - gm.object_sequence_score(*one)[0]) - 1e-9
 
 
+@pytest.mark.parametrize(
+    ("shorter", "longer"), [(1, 1), (8, 9), (9, 8), (16, 40), (33, 64), (64, 64), (64, 65), (65, 70)]
+)
+@pytest.mark.parametrize("labels", [2, 30, 1000])
+def test_strings_in_words_and_in_tables_are_the_recurrence(shorter, longer, labels):
+    """Word sizes and the table behind them meet at 8, 16, 32 and 64 labels; pairs of all lengths go in one call."""
+    rng = np.random.default_rng(shorter + labels)
+    strings = [rng.integers(0, labels, rng.integers(1, size + 1)) for size in (shorter, longer) * 3]
+    strings[:2] = [rng.integers(0, labels, size) for size in (shorter, longer)]
+    paths = ScanpathSet.from_paths(
+        [Scanpath("a", np.zeros(len(s)), np.zeros(len(s)), objects=s, sample=n) for n, s in enumerate(strings)]
+    )
+    i, j = np.indices((6, 6)).reshape(2, -1)
+    common = [
+        literal_alignment(strings[a], strings[b], lambda x, y: float(x == y), 0.0) for a, b in zip(i, j, strict=True)
+    ]
+    edits = [
+        -literal_alignment(strings[a], strings[b], lambda x, y: -float(x != y), -1.0) for a, b in zip(i, j, strict=True)
+    ]
+    longest = np.maximum(paths.lengths[i], paths.lengths[j])
+    assert (gm.object_sequence_score(paths.take(i), paths.take(j)) * longest).round(9).tolist() == common
+    assert gm.object_edit_distance(paths.take(i), paths.take(j)).tolist() == edits
+
+
 def test_order_matters_where_it_should():
     forth = make([(100, 100, 0.2), (400, 300, 0.2), (700, 500, 0.2), (100, 500, 0.2)])
     back = make([(100, 500, 0.2), (700, 500, 0.2), (400, 300, 0.2), (100, 100, 0.2)])

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from saccade.gaze.metrics.sequences import Chunk, Sequences, chunks
+from saccade.gaze.metrics.bit_strings import WORD_BITS, common_in_words, edits_in_words
+from saccade.gaze.metrics.sequences import Chunk, Sequences, chunks, shorter_first
 
 __all__ = ["Alignment", "distance", "edit_distance", "global_alignment", "longest_common", "trace", "warp"]
 
@@ -24,11 +25,9 @@ DIAGONAL, RIGHT, DOWN = 0, 1, 2
 
 def distance(a: Floats, b: Floats) -> Floats:
     """Euclidean distance of points ``(2, ..., K)``."""
-    total: Floats = a[0] - b[0]
-    other: Floats = a[1] - b[1]  # in place from here: these are the largest arrays of most metrics
-    total *= total
-    other *= other
-    total += other
+    apart: Floats = a - b
+    apart *= apart  # in place from here: these are the largest arrays of most metrics
+    total: Floats = np.add(apart[0], apart[1], out=apart[0])
     return np.sqrt(total, out=total)
 
 
@@ -101,19 +100,34 @@ def smallest_integer(largest: int) -> np.dtype[Any]:
 
 def ends(chunk: Chunk, diagonal: NDArray[np.int64]) -> dict[int, NDArray[np.int64]]:
     """Return which pairs of a chunk have their last cell on each anti-diagonal."""
-    order = np.argsort(diagonal, kind="stable")
-    values, starts = np.unique(diagonal[order], return_index=True)
-    return dict(zip(values.tolist(), np.split(order, starts[1:]), strict=True))
+    order, counts = np.argsort(diagonal, kind="stable"), np.bincount(diagonal)
+    stops = counts.cumsum()
+    return {d: order[stops[d] - counts[d] : stops[d]] for d in np.flatnonzero(counts).tolist()}
 
 
 def longest_common(first: Sequences, second: Sequences) -> Floats:
     """Return the length of the longest common subsequence of labels, ``(P,)``; NaN where one is empty."""
-    return global_alignment(first, second, equal, whole=True)
+    return labels_compared(first, second, common_in_words, lambda a, b: global_alignment(a, b, equal, whole=True))
 
 
 def edit_distance(first: Sequences, second: Sequences) -> Floats:
     """Return the Levenshtein distance of labels, ``(P,)``; NaN where one is empty."""
-    return -global_alignment(first, second, unequal, gap=-1.0, whole=True)
+    return labels_compared(
+        first, second, edits_in_words, lambda a, b: -global_alignment(a, b, unequal, gap=-1.0, whole=True)
+    )
+
+
+def labels_compared(
+    first: Sequences, second: Sequences, in_words: Callable[..., Floats], in_tables: Callable[..., Floats]
+) -> Floats:
+    """Compare in the bits of words where the shorter sequence fits in one, else in tables."""
+    shorter, longer = shorter_first(first, second)
+    result = np.full(len(shorter.lengths), np.nan)
+    fits = shorter.lengths <= WORD_BITS
+    for compare, which in ((in_words, fits & (shorter.lengths > 0)), (in_tables, ~fits)):
+        index = np.flatnonzero(which)
+        result[index] = compare(shorter.take(index), longer.take(index))
+    return result
 
 
 @dataclass(frozen=True, eq=False)

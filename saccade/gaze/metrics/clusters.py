@@ -114,7 +114,7 @@ class Clusters:
         Raises:
             DataError: If an image and task have no regions.
         """
-        labels = np.empty(len(paths.x))
+        labels = np.empty(len(paths.x), np.int64)
         for key, members in paths.group_by("image", "task").items():
             region = self.regions.get(key)
             if region is None:
@@ -122,7 +122,7 @@ class Clusters:
                 raise DataError(f"{message} to find regions with.", reason="no_clusters")
             at = paths.positions(members)
             labels[at] = nearest_centre(np.stack([paths.x[at], paths.y[at]], -1), region.centres)
-        return Sequences(labels[None], paths.offsets)
+        return Sequences.cut(labels[None], paths.offsets)
 
 
 def fit_clusters(human: ScanpathSet) -> Clusters:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from saccade.errors import ConfigError
 from saccade.gaze.metrics.alignment import distance, warp
-from saccade.gaze.metrics.sequences import Chunk, Sequences, as_pairs, chunks, points, valid_cells
+from saccade.gaze.metrics.sequences import Chunk, Sequences, as_pairs, chunks, points, shorter_first, valid_cells
 from saccade.gaze.scanpath import Scanpath, ScanpathSet
 
 __all__ = ["dtw", "eyenalysis", "frechet", "hausdorff", "scaled_time_delay_embedding", "time_delay_embedding"]
@@ -52,7 +52,7 @@ def warped(predicted: Paths, human: Paths, *, largest: bool) -> Floats:
     """Return sum or largest distance along the best alignment, ``(P,)``."""
     first, second = as_pairs(predicted, human)
     result = np.empty(len(first))
-    for chunk in chunks(points(first), points(second)):
+    for chunk in chunks(*shorter_first(points(first), points(second))):
         result[chunk.pairs] = warp(chunk, distance, largest=largest).total
     return result
 
@@ -184,7 +184,7 @@ def scaled_time_delay_embedding(
     scaled = []
     for paths in (first, second):
         scale = np.repeat(paths.sizes().max(-1), paths.lengths)
-        scaled.append(Sequences(np.stack([paths.x, paths.y]) / scale, paths.offsets))
+        scaled.append(Sequences.cut(np.stack([paths.x, paths.y]) / scale, paths.offsets))
     total = np.zeros(len(first))
     for chunk in chunks(*scaled, keeps="tables"):
         table = distance(chunk.first[:, :, None], chunk.second[:, None])

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saccade.errors import ConfigError
-from saccade.gaze.metrics.alignment import distance, edit_distance, global_alignment
-from saccade.gaze.metrics.sequences import Sequences, as_pairs, in_bins
+from saccade.gaze.metrics.alignment import edit_distance, global_alignment
+from saccade.gaze.metrics.sequences import Sequences, as_pairs, in_bins, shorter_first
 from saccade.gaze.scanpath import Scanpath, ScanpathSet
 
 __all__ = ["scanmatch", "string_edit_distance"]
@@ -50,17 +50,29 @@ def scanmatch(
     """
     if min(bins) < 1 or not threshold > 0 or (bin_s is not None and not bin_s > 0):
         raise ConfigError(f"bins, threshold and bin_s must be above 0, got {bins}, {threshold}, {bin_s}.")
-    pairs = as_pairs(predicted, human, duration=bin_s is not None)
+    stride = 2 * bins[0] - 1
+    substitution = threshold - cell_distances(bins)
     sequences = []
-    for paths in pairs:
-        cells = Sequences(grid_cells(paths, bins), paths.offsets)
+    for paths in as_pairs(predicted, human, duration=bin_s is not None):
+        column, row = grid_cells(paths, bins).astype(np.int64)
+        cells = Sequences.cut((column + stride * row)[None], paths.offsets)
         if bin_s is not None:
             cells = cells.repeated(np.rint(in_bins(paths.durations(), bin_s)).astype(np.int64))
         sequences.append(cells)
-    first, second = sequences
-    total = global_alignment(first, second, lambda a, b: threshold - distance(a, b), gap=gap)
-    longer = np.maximum(first.lengths, second.lengths)
-    return total / (threshold * np.maximum(longer, 1))
+    first, second = shorter_first(*sequences)
+    first = Sequences(first.values + len(substitution) // 2, first.starts, first.lengths)
+    total = global_alignment(first, second, lambda a, b: substitution.take(a[0] - b[0]), gap=gap)
+    return total / (threshold * np.maximum(second.lengths, 1))
+
+
+def cell_distances(bins: tuple[int, int]) -> Floats:
+    """Return how far apart cells numbered ``column + (2 columns - 1) row`` are, by the difference of their numbers.
+
+    Any two steps from cell to cell have different differences; the step to the same cell stands in the middle.
+    """
+    columns, rows = bins
+    down, right = np.arange(1 - rows, rows), np.arange(1 - columns, columns)
+    return np.hypot(down[:, None], right).ravel()
 
 
 def grid_cells(paths: ScanpathSet, bins: tuple[int, int]) -> Floats:
@@ -108,5 +120,5 @@ def string_edit_distance(predicted: Paths, human: Paths, *, n: int = 5) -> Float
         cells = np.trunc(np.stack([paths.x, paths.y]))
         cells /= np.floor(size_of_fixations(paths) / n)
         np.clip(np.floor(cells, out=cells), 0, n - 1, out=cells)
-        labels.append(Sequences((cells[0] + n * cells[1])[None], paths.offsets))
+        labels.append(Sequences.cut((cells[0] + n * cells[1])[None].astype(np.int64), paths.offsets))
     return edit_distance(*labels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,9 +12,10 @@ from numpy.typing import NDArray
 from saccade.errors import ConfigError, DataError
 from saccade.gaze.scanpath import Scanpath, ScanpathSet
 
-__all__ = ["Chunk", "Sequences", "as_pairs", "chunks", "in_bins", "points", "valid_cells"]
+__all__ = ["Chunk", "Sequences", "as_pairs", "chunks", "in_bins", "points", "shorter_first", "valid_cells"]
 
 ROW_CELLS = 2**14  # of a chunk: float64 rows of a dynamic programme stay in the second-level cache
+FEW_CELLS = 2**11  # of a row, below which the calls take longer than the cells
 MATRIX_CELLS = 2**18
 MOVE_CELLS = 2**24
 MOST_CELLS = {"tables": 2**26, "moves": 2**31}  # of one pair: half a GiB of float64, 2 GiB of bytes
@@ -25,22 +27,31 @@ class Sequences:
 
     Args:
         values: ``(C, T)``, C numbers per element.
-        offsets: ``(P + 1,)`` start of each sequence; a sequence may be empty.
+        starts: ``(P,)`` first element of each sequence.
+        lengths: ``(P,)`` elements of each sequence; one may be empty.
     """
 
-    values: NDArray[np.float64]
-    offsets: NDArray[np.int64]
+    values: NDArray[Any]
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
 
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """``(P,)`` elements of each sequence."""
-        return np.diff(self.offsets)
+    @classmethod
+    def cut(cls, values: NDArray[Any], offsets: NDArray[np.int64]) -> Self:
+        """Return the sequences that lie one behind the other, with ``(P + 1,)`` offsets."""
+        return cls(values, offsets[:-1], np.diff(offsets))
 
-    def padded(self, index: NDArray[np.int64]) -> NDArray[np.float64]:
+    def take(self, index: NDArray[np.int64]) -> Sequences:
+        """Return some of the sequences."""
+        return Sequences(self.values, self.starts[index], self.lengths[index])
+
+    def padded(self, index: NDArray[np.int64]) -> NDArray[Any]:
         """Return some sequences as ``(C, longest, K)``; behind its end, a sequence repeats its last element."""
-        lengths = self.lengths[index]
-        steps = np.minimum(np.arange(lengths.max())[:, None], lengths - 1)
-        return self.values.take(self.offsets[index] + steps, axis=1)
+        return self.between(0, int(self.lengths[index].max()), index)
+
+    def between(self, start: int, stop: int, index: NDArray[np.int64]) -> NDArray[Any]:
+        """Return elements ``start`` to ``stop`` of some sequences, padded likewise, ``(C, stop - start, K)``."""
+        steps = np.minimum(np.arange(start, stop)[:, None], self.lengths[index] - 1)
+        return self.values.take(self.starts[index] + steps, axis=1)
 
     def repeated(self, counts: NDArray[np.int64]) -> Sequences:
         """Return the sequences with each element repeated.
@@ -49,15 +60,12 @@ class Sequences:
             counts: ``(T,)`` how often; 0 leaves an element out.
         """
         total = np.concatenate([[0], np.cumsum(counts)])
-        return Sequences(np.repeat(self.values, counts, axis=1), total[self.offsets])
+        starts = total[self.starts]
+        return Sequences(np.repeat(self.values, counts, axis=1), starts, total[self.starts + self.lengths] - starts)
 
     def first(self, count: int | None) -> Sequences:
         """Return the first ``count`` elements of each sequence; ``None`` keeps all."""
-        if count is None:
-            return self
-        lengths = np.minimum(self.lengths, count)
-        position = np.arange(self.values.shape[1]) - np.repeat(self.offsets[:-1], self.lengths)
-        return Sequences(self.values[:, position < count], np.concatenate([[0], np.cumsum(lengths)]))
+        return self if count is None else Sequences(self.values, self.starts, np.minimum(self.lengths, count))
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +81,8 @@ class Chunk:
     """
 
     pairs: NDArray[np.int64]
-    first: NDArray[np.float64]
-    second: NDArray[np.float64]
+    first: NDArray[Any]
+    second: NDArray[Any]
     n: NDArray[np.int64]
     m: NDArray[np.int64]
 
@@ -103,12 +111,14 @@ def chunks(first: Sequences, second: Sequences, *, keeps: str = "rows") -> Itera
     order = order[(n > 0)[order] & (m > 0)[order]]
     start = 0
     while start < len(order):
-        ahead = order[start : start + ROW_CELLS]
+        ahead = order[start : start + max(1, ROW_CELLS // int(n[order[start]]))]
         rows, columns = np.maximum.accumulate(n[ahead]), m[ahead]
-        held = np.arange(1, len(ahead) + 1)
-        fits = (held * rows <= ROW_CELLS) & (band[ahead] == band[ahead[0]]) & (columns <= 1.25 * columns[0] + 2)
+        cells = np.arange(1, len(ahead) + 1) * rows
+        similar = (band[ahead] == band[ahead[0]]) & (columns <= 1.25 * columns[0] + 4)
+        fits = (cells <= ROW_CELLS) & (similar | (cells <= FEW_CELLS))
         if keeps != "rows":
-            fits = fits & (held * rows * columns <= (MATRIX_CELLS if keeps == "tables" else MOVE_CELLS))
+            most = MATRIX_CELLS if keeps == "tables" else MOVE_CELLS
+            fits &= cells * np.maximum.accumulate(columns) <= most
         count = len(fits) if fits.all() else max(1, int(fits.argmin()))
         pairs = order[start : start + count]
         yield Chunk(pairs, first.padded(pairs), second.padded(pairs), n[pairs], m[pairs])
@@ -140,7 +150,17 @@ def as_pairs(
 
 def points(paths: ScanpathSet) -> Sequences:
     """Return positions in px as sequences with 2 numbers per fixation."""
-    return Sequences(np.stack([paths.x, paths.y]), paths.offsets)
+    return Sequences.cut(np.stack([paths.x, paths.y]), paths.offsets)
+
+
+def shorter_first(first: Sequences, second: Sequences) -> tuple[Sequences, Sequences]:
+    """Return each pair with its shorter sequence first, where that is the same comparison: fewer, better filled rows."""
+    values = np.concatenate([first.values, second.values], axis=1)
+    starts = np.stack([first.starts, second.starts + first.values.shape[1]])
+    lengths = np.stack([first.lengths, second.lengths])
+    order = lengths.argsort(0, kind="stable")
+    starts, lengths = np.take_along_axis(starts, order, 0), np.take_along_axis(lengths, order, 0)
+    return Sequences(values, starts[0], lengths[0]), Sequences(values, starts[1], lengths[1])
 
 
 def in_bins(duration: NDArray[np.float64], bin_s: float) -> NDArray[np.float64]:

@@ -151,7 +151,7 @@ def labelled(
 
 def semantic_labels(paths: ScanpathSet, maps: Maps) -> Sequences:
     """Look the fixations up in the maps of their images."""
-    labels = np.empty(len(paths.x))
+    labels = np.empty(len(paths.x), np.int64)
     for (image,), members in paths.group_by("image").items():
         if image not in maps:
             name = paths.places.name(int(members[0]))
@@ -161,11 +161,11 @@ def semantic_labels(paths: ScanpathSet, maps: Maps) -> Sequences:
         rows = np.clip(paths.y[at].astype(np.int64), 0, height - 1)
         columns = np.clip(paths.x[at].astype(np.int64), 0, width - 1)
         labels[at] = maps[image][rows, columns]
-    return Sequences(labels[None], paths.offsets)
+    return Sequences.cut(labels[None], paths.offsets)
 
 
 def object_labels(paths: ScanpathSet) -> Sequences:
     """Return the fixated objects."""
     if paths.objects is None:
         paths.places.fail(0, "objects", "unknown; assign_objects finds them from boxes", "no_objects")
-    return Sequences(paths.objects[None].astype(np.float64), paths.offsets)
+    return Sequences.cut(paths.objects[None], paths.offsets)

@@ -91,18 +91,18 @@ def saccades(paths: ScanpathSet, grouping: Grouping | None, short: str) -> Seque
     at = np.flatnonzero(start)
     values = np.concatenate([fixations[:2, at + 1] - fixations[:2, at], fixations[:, at]])
     counts = np.where(lengths >= 3, lengths - 1, 0)
-    sequences = Sequences(values, np.concatenate([[0], np.cumsum(counts)]))
+    sequences = Sequences.cut(values, np.concatenate([[0], np.cumsum(counts)]))
     return sequences if grouping is None else grouped(sequences, fixations[2, offsets[1:] - 1], grouping)
 
 
 def grouped(sequences: Sequences, last_duration: Floats, grouping: Grouping) -> Sequences:
     """Merge the saccades of each path, one after the other: whether two are merged depends on those before."""
     parts = []
-    for path, (start, stop) in enumerate(zip(sequences.offsets[:-1], sequences.offsets[1:], strict=True)):
-        duration = np.append(sequences.values[4, start:stop], last_duration[path])
-        parts.append(group_saccades(sequences.values[:4, start:stop], duration, grouping))
+    for start, length, last in zip(sequences.starts, sequences.lengths, last_duration, strict=True):
+        path = sequences.values[:, start : start + length]
+        parts.append(group_saccades(path[:4], np.append(path[4], last), grouping))
     offsets = np.concatenate([[0], np.cumsum([part.shape[1] for part in parts])])
-    return Sequences(np.concatenate([np.empty((5, 0)), *parts], axis=1), offsets)
+    return Sequences.cut(np.concatenate([np.empty((5, 0)), *parts], axis=1), offsets)
 
 
 def group_saccades(saccade: Floats, duration: Floats, grouping: Grouping) -> Floats:
