@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from saccade.gaze.trials import Trial as Trial
     from saccade.gaze.trials import collate_trials as collate_trials
     from saccade.gaze.trials import lay_grid as lay_grid
+    from saccade.gaze.trials import recordings_of as recordings_of
     from saccade.gaze.trials import scanpaths_of as scanpaths_of
     from saccade.gaze.trials import scene_of as scene_of
     from saccade.gaze.trials import trials_of as trials_of
@@ -119,6 +120,7 @@ LAZY = {
     "read_boxes": "object_boxes",
     "read_queries": "prediction",
     "read_scanpaths": "formats",
+    "recordings_of": "trials",
     "sample": "decoding",
     "scanpaths_of": "trials",
     "scene_of": "trials",
@@ -181,6 +183,7 @@ __all__ = [
     "read_boxes",
     "read_queries",
     "read_scanpaths",
+    "recordings_of",
     "sample",
     "scanpaths_of",
     "scene_of",

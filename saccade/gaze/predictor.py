@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar, Literal
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -20,9 +21,11 @@ from saccade import __version__
 from saccade.checkpoints import load_weights, read_state_dict
 from saccade.errors import ConfigError
 from saccade.gaze.decoding import DecodedPaths, path_log_probs, sample
+from saccade.gaze.metrics import path_scores
 from saccade.gaze.oat import OAT
 from saccade.gaze.scenes import SceneBatch
 from saccade.gaze.training import path_loss
+from saccade.gaze.trials import collate_trials, recordings_of, scanpaths_of
 
 __all__ = ["ScanpathPredictor"]
 
@@ -35,7 +38,9 @@ class ScanpathPredictor(LightningModule):
 
     Batches are those of ``saccade.datasets.ScanpathData``. Logged: ``train/loss``; ``val/loss``; ``val/bits``, the mean
     of ``-log2 p`` over all steps of human paths, the end included ("bits per fixation", lower is better);
-    ``val/probability``, the mean probability of the next human object; the same for ``test``.
+    ``val/probability``, the mean probability of the next human object; and of paths sampled in some trials, one for
+    each human path, the figures of ``metrics.path_scores`` against the viewers: ``val/sequence_score``,
+    ``val/scanmatch``, ``val/multimatch_vector`` and so on. The same for ``test``.
 
     Args:
         width: Numbers per token.
@@ -52,6 +57,8 @@ class ScanpathPredictor(LightningModule):
         num_viewers: Learn this many viewers apart; 0: paths of anybody.
         dropout: Everywhere; see ``OAT``.
         pad_class: ``"reference"`` adds the official constant class to the training loss, ``"none"`` does not.
+        paths_every: Sample validation paths every so many epochs; 0: never. Testing samples unless this is 0.
+        path_trials: Sample paths in this many of a split's trials, the first ones.
         weights: Start from a file: ``.safetensors``, ``.pth`` or a ``.ckpt`` of ``saccade fit``.
         lr: Highest learning rate; ``None`` means the optimiser's own, 1e-3 for the default one.
         warmup_epochs: Epochs of linear rise at the start of the default schedule.
@@ -81,6 +88,8 @@ class ScanpathPredictor(LightningModule):
         num_viewers: int = 0,
         dropout: float = 0.1,
         pad_class: Literal["none", "reference"] = "none",
+        paths_every: int = 1,
+        path_trials: int = 32,
         weights: str | None = None,
         lr: float | None = None,
         warmup_epochs: float = 0.0,
@@ -94,7 +103,10 @@ class ScanpathPredictor(LightningModule):
         self.model = OAT(**self.options)
         if weights is not None:
             load_weights(self.model, read_state_dict(weights), source=weights)
+        if paths_every < 0 or path_trials < 1:
+            raise ConfigError(f"paths_every from 0 and path_trials from 1, got {paths_every} and {path_trials}.")
         self.pad_class = pad_class
+        self.paths_every, self.path_trials = paths_every, path_trials
         self.lr, self.warmup_epochs = lr, warmup_epochs
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.facts: dict[str, Any] = {"viewers": [], "max_length": LONGEST, "features": {}}
@@ -146,12 +158,35 @@ class ScanpathPredictor(LightningModule):
         self.probability.update(log_probs[..., :-1][paths >= 0].exp())
         self.mean_loss.update(path_loss(logits, paths), weight=there.sum())
 
-    def log_evaluation(self, stage: str) -> None:
+    def log_evaluation(self, stage: Literal["val", "test"]) -> None:
         """Log the figures of a split, over all processes, and begin anew."""
         figures = {"loss": self.mean_loss, "bits": self.bits, "probability": self.probability}
         for name, metric in figures.items():
             self.log(f"{stage}/{name}", metric.compute())
             metric.reset()
+        data: Any = getattr(self.trainer, "datamodule", None)
+        due = self.paths_every and (stage == "test" or (self.current_epoch + 1) % self.paths_every == 0)
+        if due and data is not None and not self.trainer.sanity_checking:
+            for name, value in self.sampled_scores(data, stage).items():
+                self.log(f"{stage}/{name}", value)  # every process samples the same
+
+    @torch.no_grad()
+    def sampled_scores(self, data: Any, stage: Literal["val", "test"]) -> dict[str, float]:  # noqa: ANN401 - any data
+        """Compare a sampled path for each human path of a split's first trials with the viewers."""
+        trials = data.samples(stage)[: self.path_trials]
+        longest = self.facts["max_length"]
+        scenes, _, viewers = collate_trials(trials, viewers=self.facts["viewers"])
+        who = viewers.to(self.device) if self.model.num_viewers else None
+        drawn = sample(
+            self.model,
+            scenes.to(self.device),
+            viewers.shape[1],
+            max_length=longest,
+            viewers=who,
+            generator=torch.Generator().manual_seed(0),
+        )
+        human = recordings_of(trials, max_length=data.max_length)
+        return path_scores(scanpaths_of(drawn, trials), human)
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation figures."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from saccade.gaze.objects import assign_objects
 from saccade.gaze.scanpath import Scanpath, ScanpathSet
 from saccade.gaze.scenes import SceneBatch, box_positions, grid_boxes, stack_scenes
 
-__all__ = ["Trial", "collate_trials", "lay_grid", "scanpaths_of", "scene_of", "trials_of"]
+__all__ = ["Trial", "collate_trials", "lay_grid", "recordings_of", "scanpaths_of", "scene_of", "trials_of"]
 
 PerObject = Callable[[str, Tensor], Tensor]
 
@@ -211,6 +211,46 @@ def collate_trials(
     return stack_scenes([trial.scene for trial in trials]), paths, who
 
 
+def recordings_of(trials: Sequence[Trial], *, max_length: int | None = None) -> ScanpathSet:
+    """Return everybody's paths as records, fixations in the middle of their objects as in predicted paths.
+
+    Args:
+        trials: With paths of viewers.
+        max_length: Leave out longer paths; ``None`` keeps all.
+    """
+    records = []
+    for trial in trials:
+        seen: dict[str, int] = {}
+        for viewer, path in zip(trial.viewers, trial.paths, strict=True):
+            if max_length is None or len(path) <= max_length:
+                sample = seen[viewer] = seen.get(viewer, -1) + 1
+                records.append(record_of(trial, path, subject=viewer, sample=sample))
+    return ScanpathSet.from_paths(records)
+
+
+def record_of(
+    trial: Trial, objects: NDArray[np.int64], *, subject: str, sample: int, meta: Mapping[str, Any] | None = None
+) -> Scanpath:
+    """Return a path over a trial's objects as a record."""
+    centre = ((trial.boxes[:, :2] + trial.boxes[:, 2:]) / 2).double().numpy()
+    target = int(trial.scene.target)
+    return Scanpath(
+        image=trial.image,
+        x=centre[objects, 0],
+        y=centre[objects, 1],
+        subject=subject,
+        task=trial.task,
+        width=trial.size[0],
+        height=trial.size[1],
+        sample=sample,
+        objects=objects,
+        target_object=target if target >= 0 else None,
+        target_box=trial.boxes[target].double().numpy() if target >= 0 else None,
+        boxes=trial.boxes.double().numpy(),
+        meta=meta or {},
+    )
+
+
 def scanpaths_of(
     decoded: DecodedPaths, trials: Sequence[Trial], *, subject: str = "model", viewers: Sequence[str] | None = None
 ) -> ScanpathSet:
@@ -224,27 +264,10 @@ def scanpaths_of(
     """
     records = []
     for row, trial in enumerate(trials):
-        centre = ((trial.boxes[:, :2] + trial.boxes[:, 2:]) / 2).double().numpy()
-        target = int(trial.scene.target)
         for number in range(decoded.objects.shape[1]):
             objects = np.array(decoded.path(row, number), np.int64)
-            if not len(objects):
-                continue
-            records.append(
-                Scanpath(
-                    image=trial.image,
-                    x=centre[objects, 0],
-                    y=centre[objects, 1],
-                    subject=subject if viewers is None else viewers[number],
-                    task=trial.task,
-                    width=trial.size[0],
-                    height=trial.size[1],
-                    sample=number,
-                    objects=objects,
-                    target_object=target if target >= 0 else None,
-                    target_box=trial.boxes[target].double().numpy() if target >= 0 else None,
-                    boxes=trial.boxes.double().numpy(),
-                    meta={"log_prob": float(decoded.log_prob[row, number]), "ended": bool(decoded.ended[row, number])},
-                )
-            )
+            if len(objects):
+                name = subject if viewers is None else viewers[number]
+                meta = {"log_prob": float(decoded.log_prob[row, number]), "ended": bool(decoded.ended[row, number])}
+                records.append(record_of(trial, objects, subject=name, sample=number, meta=meta))
     return ScanpathSet.from_paths(records)

@@ -10,8 +10,9 @@ from lightning.pytorch import Trainer, seed_everything
 from saccade.datasets import ScanpathData
 from saccade.datasets.drawn_search import search_scenes
 from saccade.errors import CheckpointError, ConfigError
-from saccade.gaze import FeatureFile, ScanpathPredictor, load_predictor, log_prob
+from saccade.gaze import FeatureFile, ScanpathPredictor, load_predictor, log_prob, recordings_of
 from saccade.gaze.formats import write_scanpaths
+from saccade.gaze.metrics import path_scores
 
 SMALL = {"width": 48, "heads": 2, "hidden": 32, "encoder_layers": 1, "decoder_layers": 1, "position_rows": 7}
 
@@ -53,6 +54,31 @@ def test_training_lowers_the_bits_and_logs_them(trained):
     assert trainer.callback_metrics["val/bits"].item() == pytest.approx(after, abs=1e-3)
     assert 0 < trainer.callback_metrics["val/probability"].item() < 1
     assert {"train/loss", "val/loss"} <= trainer.callback_metrics.keys()
+
+
+def test_sampled_paths_are_scored_against_the_viewers(trained):
+    model, data, trainer, _ = trained
+    logged = {name.removeprefix("val/"): value.item() for name, value in trainer.callback_metrics.items()}
+    expected = model.eval().sampled_scores(data, "val")
+    assert {"sequence_score", "scanmatch", "multimatch_direction", "tfp_sum", "delta"} <= expected.keys()
+    assert {name: logged[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+    trials = data.samples("val")
+    people = recordings_of(trials)
+    agreement = path_scores(people, people)
+    assert agreement["delta"] == agreement["tfp_mismatch"] == 0
+    assert agreement["sequence_score"] < 1  # nobody is compared with himself
+    assert people.lengths.tolist() == [len(path) for trial in trials for path in trial.paths]
+
+
+def test_how_often_paths_are_sampled():
+    data = ScanpathData(generated_scenes=20, seen="nothing")
+    model = ScanpathPredictor(**SMALL, paths_every=2, path_trials=1)
+    found = []
+    model.sampled_scores = lambda data, stage: found.append(model.current_epoch) or {}
+    train(model, data, 4)
+    assert found == [1, 3]
+    with pytest.raises(ConfigError, match="paths_every from 0"):
+        ScanpathPredictor(**SMALL, paths_every=-1)
 
 
 def test_checkpoint_is_enough_to_predict(trained, tmp_path):

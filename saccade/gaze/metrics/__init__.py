@@ -14,6 +14,7 @@ from saccade.gaze.metrics.distances import (
 )
 from saccade.gaze.metrics.evaluate import Comparison, Score, compare_paths, compare_viewers
 from saccade.gaze.metrics.grids import scanmatch, string_edit_distance
+from saccade.gaze.metrics.path_scores import path_scores
 from saccade.gaze.metrics.registry import METRICS, Metric, find_metrics
 from saccade.gaze.metrics.saliency import (
     auc,
@@ -81,6 +82,7 @@ __all__ = [
     "nss",
     "object_edit_distance",
     "object_sequence_score",
+    "path_scores",
     "probability_mismatch",
     "recurrence",
     "scaled_time_delay_embedding",

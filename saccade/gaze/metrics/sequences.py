@@ -154,7 +154,7 @@ def points(paths: ScanpathSet) -> Sequences:
 
 
 def shorter_first(first: Sequences, second: Sequences) -> tuple[Sequences, Sequences]:
-    """Return each pair with its shorter sequence first, where that is the same comparison: fewer, better filled rows."""
+    """Return each pair with its shorter sequence first, where that compares the same: fewer, fuller rows."""
     values = np.concatenate([first.values, second.values], axis=1)
     starts = np.stack([first.starts, second.starts + first.values.shape[1]])
     lengths = np.stack([first.lengths, second.lengths])
