@@ -167,7 +167,8 @@ SCREENS = {
         ["saccade convert runs/pets -o pets.safetensors"],
     ),
     "demo": (
-        "Trains and applies a small model on data that comes with the installation, offline.",
+        "Shows what the parts do on data that is generated or comes with the installation, offline, and writes "
+        "`report.html`: a table of the parts with their times, then pictures, figures and the commands of each.",
         ["saccade demo -o demo/"],
     ),
     "completion": (

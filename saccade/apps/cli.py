@@ -62,7 +62,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("bench", "Tools", "time attention operators and models", "bench"),
     Command("doctor", "Tools", "check this installation", "doctor"),
     Command("convert", "Tools", "turn an official checkpoint into a saccade one", "convert"),
-    Command("demo", "Tools", "see it work offline in a minute", "demo"),
+    Command("demo", "Tools", "see it work offline in a few minutes", "demo"),
     Command("completion", "Tools", "print a shell completion script", "completion"),
 )
 
@@ -78,7 +78,7 @@ def overview() -> str:
         "saccade COMMAND --help shows the options of one command and two examples.",
         "",
         "Examples:",
-        "  saccade demo classify -o demo/",
+        "  saccade demo slides -o demo/",
         "  saccade list models 'convnext*'",
     ]
     return "\n".join(lines)

@@ -37,6 +37,7 @@ def add_training_actions(actions: Any) -> None:  # noqa: ANN401 - argparse's own
     train.add_argument("--epochs", type=int, default=50, metavar="N", help="default: 50")
     train.add_argument("--lr", type=float, default=1e-4, metavar="X", help="default: 1e-4")
     train.add_argument("--patience", type=int, metavar="N", help="stop after N epochs without a better val/loss")
+    train.add_argument("--standardize", action="store_true", help="centre and scale features, e.g. of stain-texture")
     train.add_argument("--class-weights", choices=["balanced"], help="weight classes inverse to their frequency")
     train.add_argument("--aem", type=float, default=0.0, metavar="F", help="weight of attention entropy maximisation")
     train.add_argument("--name", metavar="NAME", help="folder below runs/ (default: the model's name)")
@@ -89,6 +90,7 @@ def train(args: argparse.Namespace) -> int:
 
     data = {"root": str(feature_folder(args.bags)), "labels": args.labels, "label_column": args.label_column}
     data |= {"task": args.task} | ({"split": args.split} if args.split else {})
+    data |= {"standardize": True} if args.standardize else {}
     model: dict[str, Any] = {"model": args.model, "lr": args.lr, "aem": args.aem}
     if args.class_weights:
         model["class_weights"] = args.class_weights

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from saccade.datasets.digits import DigitsData as DigitsData
     from saccade.datasets.drawn_search import save_scenes as save_scenes
     from saccade.datasets.drawn_search import search_scenes as search_scenes
+    from saccade.datasets.drawn_slides import DrawnSlide as DrawnSlide
+    from saccade.datasets.drawn_slides import draw_slide as draw_slide
+    from saccade.datasets.drawn_slides import save_slide as save_slide
     from saccade.datasets.folder import ImageFolderData as ImageFolderData
     from saccade.datasets.idx import IDXData as IDXData
     from saccade.datasets.idx import read_idx as read_idx
@@ -33,18 +36,21 @@ LAZY = {
     "Bag": "bag_files",
     "BagData": "bag_data",
     "DigitsData": "digits",
+    "DrawnSlide": "drawn_slides",
     "IDXData": "idx",
     "ImageData": "image_data",
     "ImageFolderData": "folder",
     "Preprocess": "image_data",
     "ScanpathData": "scanpaths",
     "corrupt": "corruptions",
+    "draw_slide": "drawn_slides",
     "find_bags": "bag_files",
     "load_bag": "bag_files",
     "load_bags": "bag_files",
     "read_idx": "idx",
     "read_image": "images",
     "save_scenes": "drawn_search",
+    "save_slide": "drawn_slides",
     "search_scenes": "drawn_search",
     "save_bag": "bag_files",
 }
@@ -55,12 +61,14 @@ __all__ = [
     "Bag",
     "BagData",
     "DigitsData",
+    "DrawnSlide",
     "IDXData",
     "ImageData",
     "ImageFolderData",
     "Preprocess",
     "ScanpathData",
     "corrupt",
+    "draw_slide",
     "find_bags",
     "load_bag",
     "load_bags",
@@ -68,6 +76,7 @@ __all__ = [
     "read_image",
     "save_bag",
     "save_scenes",
+    "save_slide",
     "search_scenes",
 ]
 

@@ -18,6 +18,7 @@ from saccade.mil.heatmap_run import HeatmapOptions, draw_heatmaps
 from saccade.mil.inference import TrainedClassifier, load_classifier, predict_bags
 from saccade.mil.instance_pooling import MaxPooling, MeanPooling
 from saccade.mil.loading import load_model
+from saccade.mil.localization import Localization, lesion_localization, lesion_shares
 from saccade.mil.model import MILModel, MILOutput, create_model, models
 from saccade.mil.score_maps import ScoreMaps, load_scores
 from saccade.mil.slide import Slide
@@ -38,6 +39,7 @@ __all__ = [
     "Bag",
     "Encoder",
     "HeatmapOptions",
+    "Localization",
     "MILModel",
     "MILOutput",
     "MaxPooling",
@@ -60,6 +62,8 @@ __all__ = [
     "find_bags",
     "find_slides",
     "find_tissue",
+    "lesion_localization",
+    "lesion_shares",
     "load_bag",
     "load_bags",
     "load_classifier",
