@@ -1,4 +1,4 @@
-"""``saccade list``: models, operators, metrics, configs."""
+"""``saccade list``: models, operators, models of whole slides, metrics, configs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 from saccade.apps.catalogue import find_models
 from saccade.apps.config import add_list_arguments, print_configs
+from saccade.apps.mil_catalogue import AGGREGATORS
 from saccade.apps.screen import table_lines
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
@@ -23,7 +24,7 @@ EXAMPLES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="models|ops|metrics|configs")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="models|ops|mil|metrics|configs")
     models = kinds.add_parser("models", help="names for -m, with size and verification")
     models.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="e.g. 'convnext*' (default: all)")
     models.add_argument("--pretrained-only", action="store_true", help="only weights that timm can download, by tag")
@@ -31,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(models)
     ops = kinds.add_parser("ops", help="attention operators and who runs them on this machine")
     add_json(ops)
+    aggregators = kinds.add_parser("mil", help="models that classify whole slides, for saccade slides train")
+    add_json(aggregators)
     scores = kinds.add_parser("metrics", help="comparisons of scanpaths for saccade gaze metrics")
     add_json(scores)
     configs = kinds.add_parser("configs", help="shipped configs; the same as saccade config ls")
@@ -45,7 +48,8 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     kinds: dict[str, Callable[[argparse.Namespace], None]]
-    kinds = {"models": list_models, "ops": list_operators, "metrics": list_metrics, "configs": print_configs}
+    kinds = {"models": list_models, "ops": list_operators, "mil": list_aggregators, "metrics": list_metrics}
+    kinds["configs"] = print_configs
     kinds[args.kind](args)
     return 0
 
@@ -78,6 +82,17 @@ def list_operators(args: argparse.Namespace) -> None:
         print(json.dumps(rows, indent=1))
         return
     print("\n\n".join(f"{explanation}\n   = {summary}" for summary, explanation in found))
+
+
+def list_aggregators(args: argparse.Namespace) -> None:
+    """Print the models of whole slides: what they attend to, what they learn, whose weights they read."""
+    if args.json:
+        print(json.dumps([asdict(aggregator) for aggregator in AGGREGATORS], indent=1))
+        return
+    rows = [("NAME", "ATTENTION", "TASKS", "SOURCE", "WEIGHTS OF", "VERIFIED")]
+    for one in AGGREGATORS:
+        rows.append((one.name, one.attention, one.tasks, one.source, one.checkpoints or "-", one.verified or "-"))
+    print("\n".join(table_lines(rows)))
 
 
 def list_metrics(args: argparse.Namespace) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING
 
 from saccade.apps.options import add_batch_options, add_input_options, batch_options
@@ -11,8 +13,10 @@ from saccade.apps.screen import finish_run, table_lines
 from saccade.apps.slides_heatmap import add_heatmap_action, heatmap
 from saccade.apps.slides_training import TRAINING, add_training_actions
 from saccade.apps.slides_view import add_view_action, view
+from saccade.errors import ConfigError
 
 if TYPE_CHECKING:
+    from saccade.batch.fleet import Fleet
     from saccade.mil import Encoder, TileOptions, TissueOptions
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
@@ -46,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             add_tile_options(action)
         if name in ("embed", "run"):
             add_encoder_options(action)
+        add_engine_options(action)
         add_batch_options(action)
     add_training_actions(actions)
     add_heatmap_action(actions)
@@ -95,6 +100,26 @@ def add_encoder_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Add where slides are worked on."""
+    group = parser.add_argument_group("engine")
+    group.add_argument("--engine", choices=["local", "ray"], default="local", help="ray: a cluster; extra 'ray'")
+    group.add_argument(
+        "--ray-address", metavar="ADDRESS", help="HOST:PORT, auto, or local (default: RAY_ADDRESS, else local)"
+    )
+
+
+def fleet_of(args: argparse.Namespace) -> Fleet | None:
+    """Return the cluster to work on, if any."""
+    if args.engine == "local":
+        if args.ray_address is not None:
+            raise ConfigError("--ray-address belongs to --engine ray.")
+        return None
+    from saccade.batch.fleet import Fleet
+
+    return Fleet(args.ray_address)
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     others = {**TRAINING, "info": info, "heatmap": heatmap, "view": view}
@@ -103,19 +128,21 @@ def run(args: argparse.Namespace) -> int:
     from saccade.mil.extraction import extract
 
     stage = "embed" if args.action == "run" else args.action
-    summary = extract(
-        args.inputs,
-        out=args.out,
-        stage=stage,
-        encoder=encoder_of(args) if stage == "embed" else None,
-        tissue=tissue_of(args),
-        tiles=None if stage == "segment" else tiles_of(args),
-        list_file=args.list,
-        slide_mpp=args.slide_mpp,
-        dtype=getattr(args, "dtype", "float16"),
-        on_bad_tile=getattr(args, "on_bad_tile", "skip"),
-        options=batch_options(args),
-    )
+    with redirect_stdout(sys.stderr):  # where Ray tells of dead workers
+        summary = extract(
+            args.inputs,
+            out=args.out,
+            stage=stage,
+            encoder=encoder_of(args) if stage == "embed" else None,
+            tissue=tissue_of(args),
+            tiles=None if stage == "segment" else tiles_of(args),
+            list_file=args.list,
+            slide_mpp=args.slide_mpp,
+            dtype=getattr(args, "dtype", "float16"),
+            on_bad_tile=getattr(args, "on_bad_tile", "skip"),
+            fleet=fleet_of(args),
+            options=batch_options(args),
+        )
     return finish_run(summary, as_json=args.json)
 
 
@@ -156,7 +183,7 @@ def info(args: argparse.Namespace) -> int:
     """Print what is known of slides; 3 if some cannot be opened, 1 if none can."""
     from saccade.errors import DataError
     from saccade.mil import Slide
-    from saccade.mil.extraction import find_slides
+    from saccade.mil.slide_items import find_slides
 
     rows, failed = [], 0
     items = find_slides(args.inputs)

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from saccade.apps.mil_catalogue import AGGREGATORS
 from saccade.apps.options import add_batch_options, batch_options
 from saccade.apps.screen import finish_run, table_lines
 from saccade.errors import ConfigError
 
 __all__ = ["TRAINING", "add_training_actions"]
 
-MODELS = ("acmil_ga", "acmil_mha", "abmil", "clam_sb", "clam_mb", "transmil", "dsmil", "mean", "max")
+MODELS = tuple(aggregator.name for aggregator in AGGREGATORS)
 
 
 def add_training_actions(actions: Any) -> None:  # noqa: ANN401 - argparse's own class is not public

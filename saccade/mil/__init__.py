@@ -12,7 +12,7 @@ from saccade.mil.aem import attention_entropy_maximization
 from saccade.mil.clam import CLAMMB, CLAMSB
 from saccade.mil.dsmil import DSMIL
 from saccade.mil.encoders import Encoder, load_encoder, wrap_model
-from saccade.mil.extraction import extract, find_slides
+from saccade.mil.extraction import extract
 from saccade.mil.heatmap import draw_heatmap, normalize_scores, tile_map
 from saccade.mil.heatmap_run import HeatmapOptions, draw_heatmaps
 from saccade.mil.inference import TrainedClassifier, load_classifier, predict_bags
@@ -22,6 +22,7 @@ from saccade.mil.localization import Localization, lesion_localization, lesion_s
 from saccade.mil.model import MILModel, MILOutput, create_model, models
 from saccade.mil.score_maps import ScoreMaps, load_scores
 from saccade.mil.slide import Slide
+from saccade.mil.slide_items import find_slides
 from saccade.mil.tiles import TileGrid, TileOptions, make_grid
 from saccade.mil.tissue import Polygon, Tissue, TissueOptions, find_tissue
 from saccade.mil.transmil import TransMIL

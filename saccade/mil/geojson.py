@@ -24,12 +24,13 @@ COLORS = {"tissue": (0, 160, 80), "tile": (60, 120, 220)}
 LARGEST_FILE = 512 << 20  # bytes; a drawing larger than this is not one
 
 
-def write_polygons(path: str | Path, polygons: Iterable[Polygon]) -> None:
+def write_polygons(path: str | Path, polygons: Iterable[Polygon], *, source: str = "") -> None:
     """Write outlines as annotations, in level-0 pixels rounded to whole ones.
 
     Args:
         path: ``*.geojson``; replaced as a whole.
         polygons: In level-0 pixels.
+        source: How the tissue was found; :func:`tissue_from_geojson` gives it back for as long as nothing is edited.
     """
     features = [
         feature(
@@ -37,7 +38,7 @@ def write_polygons(path: str | Path, polygons: Iterable[Polygon]) -> None:
         )
         for p in polygons
     ]
-    write(path, features)
+    write(path, features, {"saccade": {"source": source, "id": digest(features)}} if source else {})
 
 
 def write_tiles(
@@ -79,15 +80,21 @@ def feature(geometry: dict[str, Any], name: str, kind: str) -> dict[str, Any]:
 
 
 def closed(ring: NDArray[np.float64]) -> list[list[int]]:
-    """Return a ring with whole coordinates, its first point repeated at the end."""
+    """Return a ring with whole coordinates, its first point repeated at the end; of four points at least."""
     points: list[list[int]] = np.round(ring).astype(np.int64).tolist()
-    return [*points, points[0]]
+    return [*points, *points[-1:] * (3 - len(points)), points[0]]
 
 
-def write(path: str | Path, features: list[dict[str, Any]]) -> None:
-    """Write a collection of features."""
+def digest(features: list[Any]) -> str:
+    """Return a word that changes with any feature."""
+    return str(uuid.uuid5(NAMESPACE, json.dumps(features)))
+
+
+def write(path: str | Path, features: list[dict[str, Any]], more: Mapping[str, Any] | None = None) -> None:
+    """Write a collection of features, and members that are not GeoJSON's own."""
     with atomic_path(Path(path)) as temporary:
-        temporary.write_text(json.dumps({"type": "FeatureCollection", "features": features}), encoding="utf-8")
+        collection = {"type": "FeatureCollection", **(more or {}), "features": features}
+        temporary.write_text(json.dumps(collection), encoding="utf-8")
 
 
 def read_polygons(path: str | Path) -> tuple[Polygon, ...]:
@@ -101,18 +108,35 @@ def read_polygons(path: str | Path) -> tuple[Polygon, ...]:
     Raises:
         DataError: If it is no GeoJSON, or a ring is no list of finite points; ``reason="bad_geojson"``.
     """
+    return polygons_in(read_document(path), Path(path))
+
+
+def read_document(path: str | Path) -> Any:  # noqa: ANN401 - parsed JSON
+    """Return the JSON of a file; see :func:`read_polygons`."""
     file = Path(path)
     if file.stat().st_size > LARGEST_FILE:
         raise DataError(f"{file} has more than {LARGEST_FILE >> 20} MiB; it is no drawing.", reason="bad_geojson")
     try:
-        document = json.loads(file.read_text(encoding="utf-8-sig"))
+        return json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is no JSON ({error}).", reason="bad_geojson") from error
+
+
+def polygons_in(document: Any, file: Path) -> tuple[Polygon, ...]:  # noqa: ANN401 - parsed JSON
+    """Return the polygons of a document; see :func:`read_polygons`."""
     return tuple(
         polygon
         for number, (geometry, name) in enumerate(geometries(document, file), start=1)
         for polygon in parse(geometry, name, f"{file}, feature {number}")
     )
+
+
+def source_in(document: Any) -> str:  # noqa: ANN401 - parsed JSON
+    """Return how the tissue of a file was found: what saccade wrote, or ``"geojson"`` if anything was edited."""
+    note = document.get("saccade") if isinstance(document, dict) else None
+    features = document.get("features") if isinstance(document, dict) else None
+    is_ours = isinstance(note, dict) and isinstance(features, list) and note.get("id") == digest(features)
+    return str(note.get("source")) if is_ours and isinstance(note, dict) else "geojson"
 
 
 def geometries(document: Any, file: Path) -> Iterator[tuple[Any, str]]:  # noqa: ANN401 - parsed JSON
@@ -170,6 +194,8 @@ def parse_ring(ring: Any, place: str) -> NDArray[np.float64]:  # noqa: ANN401 - 
 def tissue_from_geojson(path: str | Path, slide: Slide, *, mpp: float = 8.0) -> Tissue:
     """Return the tissue that a GeoJSON file draws on a slide.
 
+    Its source is ``"geojson"``, or what :func:`write_polygons` was told if the file is as it was written.
+
     Args:
         path: The file, in level-0 pixels; parts outside the slide are cut off.
         slide: The slide.
@@ -181,5 +207,7 @@ def tissue_from_geojson(path: str | Path, slide: Slide, *, mpp: float = 8.0) -> 
     resolution = slide.require_resolution()
     scale_x, scale_y = max(1.0, mpp / resolution.x), max(1.0, mpp / resolution.y)
     shape = (max(1, math.ceil(slide.height / scale_y)), max(1, math.ceil(slide.width / scale_x)))
-    polygons = read_polygons(path)
-    return Tissue(rasterize(polygons, shape, scale_x, scale_y), scale_x, scale_y, polygons, "geojson")
+    document = read_document(path)
+    polygons = polygons_in(document, Path(path))
+    mask = rasterize(polygons, shape, scale_x, scale_y)
+    return Tissue(mask, scale_x, scale_y, polygons, source_in(document))

@@ -62,9 +62,16 @@ def model_from_weights(
     Raises:
         CheckpointError: If no known architecture has such keys.
     """
-    state = {re.sub(r"^model\.", "", key): tensor for key, tensor in state.items()}
-    if "patch_embed.0.weight" in state:
-        state = from_millab(state)
+    state, _ = translate(state)
+    model = build(state, num_classes=num_classes, source=source)
+    if num_classes is not None and "classifier.fc.weight" not in state and isinstance(model, ABMIL):
+        state |= {key: tensor for key, tensor in model.state_dict().items() if key.startswith("classifier.")}
+    load_weights(model, state, source=source)
+    return model.eval()
+
+
+def build(state: Mapping[str, Tensor], *, num_classes: int | None = None, source: str | Path) -> MILModel:
+    """Return the model, with new weights, that weights under our names belong to; see :func:`model_from_weights`."""
     try:
         model = architecture(state, num_classes)
     except KeyError as error:
@@ -74,10 +81,21 @@ def model_from_weights(
             f"{source} holds no MIL model that saccade knows (ACMIL, ABMIL, CLAM, TransMIL, DSMIL, MIL-Lab); its "
             f"keys begin with {', '.join(list(state)[:3])}."
         )
-    if num_classes is not None and "classifier.fc.weight" not in state and isinstance(model, ABMIL):
-        state |= {key: tensor for key, tensor in model.state_dict().items() if key.startswith("classifier.")}
-    load_weights(model, state, source=source)
-    return model.eval()
+    return model
+
+
+def translate(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return weights under our names, and the keys of what is no weight of the model.
+
+    Lightning's ``model.`` and the ``module.`` of CLAM's DataParallel go; CLAM's instance loss keeps labels of its own.
+    """
+    own, dropped = {}, []
+    for key, tensor in state.items():
+        if key.startswith("instance_loss_fn."):
+            dropped.append(key)
+        else:
+            own[re.sub(r"^attention_net\.module\.", "attention_net.", key.removeprefix("model."))] = tensor
+    return from_millab(own) if "patch_embed.0.weight" in own else own, dropped
 
 
 def from_millab(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from saccade.batch.run import read_entries
 from saccade.errors import ConfigError, DataError
-from saccade.mil.extraction import find_slides
 from saccade.mil.slide import Slide
+from saccade.mil.slide_items import find_slides
 
 __all__ = ["SlideFolder", "feature_folder"]
 

@@ -47,6 +47,7 @@ def photos(tmp_path):
         ["--help"],
         ["--version"],
         ["list", "models", "convnext*"],
+        ["list", "mil"],
         ["config", "ls"],
         ["config", "show", "image/finetune"],
         ["completion", "bash"],

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+from pathlib import Path
 
 import pytest
 import timm
@@ -12,6 +13,11 @@ import saccade.vision_backbones  # noqa: F401 - registers our models
 from saccade.apps.catalogue import MODELS, TIMM_TABLE, find_models, input_size, timm_names, write_timm_table
 from saccade.apps.cli import main
 from saccade.attention import operators
+from saccade.mil import models as aggregators
+
+
+def read_manifest():
+    return json.loads((Path(__file__).parents[1] / "golden" / "data" / "manifest.json").read_text())["cases"]
 
 
 def lines(capsys) -> list[str]:
@@ -125,6 +131,18 @@ def test_operators_follow_the_environment(capsys, monkeypatch):
     assert {row["chosen"] for row in json.loads(capsys.readouterr().out)} == {"reference"}
 
 
+def test_models_of_slides(capsys):
+    assert main(["list", "mil", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [model["name"] for model in listed] == aggregators()
+    golden = {row["runner"] for row in read_manifest() if row["runner"].startswith("mil.")}
+    assert {f"mil.{model['name']}" for model in listed if "golden" in model["verified"]} == golden - {"mil.heatmap"}
+    assert main(["list", "mil"]) == 0
+    header, *rows = lines(capsys)
+    assert header.split()[0] == "NAME"
+    assert [row.split()[0] for row in rows] == aggregators()
+
+
 def test_configs_are_those_of_config_ls(capsys):
     assert main(["list", "configs", "image/*"]) == 0
     shown = capsys.readouterr().out
@@ -134,5 +152,5 @@ def test_configs_are_those_of_config_ls(capsys):
 
 def test_a_kind_is_required(capsys):
     assert main(["list"]) == 2
-    assert "models|ops|metrics|configs" in capsys.readouterr().err
+    assert "models|ops|mil|metrics|configs" in capsys.readouterr().err
     assert importlib.import_module("saccade.apps.list_command").EXAMPLES

@@ -77,13 +77,21 @@ def test_outlines_and_back(drawn):
 def test_geojson_round_trip(drawn, tmp_path):
     slide, _ = drawn
     tissue = find_tissue(slide)
-    write_polygons(tmp_path / "a.geojson", tissue.polygons)
+    write_polygons(tmp_path / "a.geojson", tissue.polygons, source=tissue.source)
     document = json.loads((tmp_path / "a.geojson").read_text())
     assert document["features"][0]["properties"]["objectType"] == "annotation"
     ring = document["features"][0]["geometry"]["coordinates"][0]
     assert ring[0] == ring[-1]
     again = tissue_from_geojson(tmp_path / "a.geojson", slide)
-    assert overlap(again.mask, tissue.mask) > 0.99
+    assert np.array_equal(again.mask, tissue.mask)
+    assert again.source == "otsu"
+    document["features"][0]["geometry"]["coordinates"][0].pop(1)
+    (tmp_path / "edited.geojson").write_text(json.dumps(document))
+    assert tissue_from_geojson(tmp_path / "edited.geojson", slide).source == "geojson"
+    thin = np.zeros((9, 9), bool)
+    thin[2, 2:6] = thin[7, 7] = True
+    write_polygons(tmp_path / "thin.geojson", polygons_of(thin, 16.0, 16.0))
+    assert np.array_equal(rasterize(read_polygons(tmp_path / "thin.geojson"), thin.shape, 16.0, 16.0), thin)
     write_tiles(tmp_path / "t.geojson", np.array([[0, 10]]), 5.5, 5.5, {"Attention": [0.25]})
     tile = json.loads((tmp_path / "t.geojson").read_text())["features"][0]["properties"]
     assert (tile["objectType"], tile["measurements"]) == ("tile", {"Attention": 0.25})
