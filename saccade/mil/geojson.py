@@ -202,12 +202,14 @@ def tissue_from_geojson(path: str | Path, slide: Slide, *, mpp: float = 8.0) -> 
         mpp: Resolution of the mask in microns per pixel.
 
     Raises:
-        DataError: As :func:`read_polygons`; or if the slide's resolution is not known.
+        DataError: As :func:`read_polygons`; or if there are polygons and the slide's resolution is not known.
     """
+    document = read_document(path)
+    polygons = polygons_in(document, Path(path))
+    if slide.resolution is None and not polygons:
+        return Tissue(np.zeros((1, 1), bool), slide.width, slide.height, (), source_in(document))
     resolution = slide.require_resolution()
     scale_x, scale_y = max(1.0, mpp / resolution.x), max(1.0, mpp / resolution.y)
     shape = (max(1, math.ceil(slide.height / scale_y)), max(1, math.ceil(slide.width / scale_x)))
-    document = read_document(path)
-    polygons = polygons_in(document, Path(path))
     mask = rasterize(polygons, shape, scale_x, scale_y)
     return Tissue(mask, scale_x, scale_y, polygons, source_in(document))

@@ -185,13 +185,13 @@ class SlideWorker:
     def write(self, item: SlideItem, ready: Prepared) -> tuple[dict[str, Any], str]:
         """Write tiles and features; return the row and a word about an empty result."""
         slide, grid = ready.slide, ready.grid
-        resolution = slide.require_resolution()
+        resolution = slide.resolution  # not needed where there is no tissue
         row: dict[str, Any] = {
             "width": slide.width,
             "height": slide.height,
-            "mpp_x": round(resolution.x, 6),
-            "mpp_y": round(resolution.y, 6),
-            "mpp_source": resolution.source,
+            "mpp_x": None if resolution is None else round(resolution.x, 6),
+            "mpp_y": None if resolution is None else round(resolution.y, 6),
+            "mpp_source": None if resolution is None else resolution.source,
             "tissue": round(ready.tissue.share, 4),
             "tissue_source": ready.tissue.source,
             "notices": "; ".join(slide.notices),
@@ -278,23 +278,27 @@ def describe(name: str, row: Mapping[str, Any], seconds: float) -> str:
 
 def tile_attributes(grid: TileGrid, slide: Slide) -> dict[str, Any]:
     """Return what readers of a bag need to know, under our names and TRIDENT's."""
-    resolution, options = slide.require_resolution(), grid.options
-    return {
+    resolution, options = slide.resolution, grid.options
+    scale: dict[str, Any] = {}
+    if resolution is not None:
+        scale = {
+            "base_mpp": resolution.x,
+            "base_mpp_y": resolution.y,
+            "mpp_source": resolution.source,
+            "tile_size_level0": grid.width,
+            "tile_size_level0_y": grid.height,
+            "patch_size_level0": round(grid.width),
+            "level0_magnification": round(10 / resolution.x, 2),
+        }
+    return scale | {
         "target_mpp": options.mpp,
-        "base_mpp": resolution.x,
-        "base_mpp_y": resolution.y,
-        "mpp_source": resolution.source,
-        "tile_size_level0": grid.width,
-        "tile_size_level0_y": grid.height,
         "patch_size": options.tile_px,
-        "patch_size_level0": round(grid.width),
         "overlap": options.overlap_px,
         "min_tissue": options.min_tissue,
         "resample": options.resample,
         "fill": slide.fill,
         "level0_width": slide.width,
         "level0_height": slide.height,
-        "level0_magnification": round(10 / resolution.x, 2),
         "target_magnification": round(10 / options.mpp, 2),
         "name": slide.path.name,
         "slide_quickhash": slide.properties.get("openslide.quickhash-1", ""),

@@ -106,7 +106,7 @@ def make_grid(slide: Slide, tissue: Tissue | None, options: TileOptions | None =
     tiles.
 
     Args:
-        slide: Its resolution must be known.
+        slide: Its resolution must be known, unless there is no tissue.
         tissue: Where the tissue is; ``None`` keeps every tile.
         options: Size, scale and choice.
 
@@ -115,6 +115,8 @@ def make_grid(slide: Slide, tissue: Tissue | None, options: TileOptions | None =
         ConfigError: If tiles are so small that there would be more than 50 million.
     """
     options = options or TileOptions()
+    if slide.resolution is None and tissue is not None and not tissue.mask.any():
+        return TileGrid(np.empty((0, 2), np.int64), 0.0, 0.0, np.empty(0), options)
     resolution = slide.require_resolution()
     scale_x, scale_y = options.mpp / resolution.x, options.mpp / resolution.y
     width, height = options.tile_px * scale_x, options.tile_px * scale_y

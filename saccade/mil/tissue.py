@@ -19,6 +19,7 @@ __all__ = ["Polygon", "Tissue", "TissueOptions", "find_tissue", "overview", "pol
 Mask = NDArray[np.bool_]
 BLOCK, SMALL_BLOCK = 2048, 128  # pixels of a level that are read at a time; around damage
 LEAST_SATURATION = 12  # an Otsu threshold below this splits scanner noise, not tissue from glass
+BLANK = 1024  # longest side of the overview on which a slide of unknown resolution may prove empty
 KEEP_SHARE = 0.1  # a piece with this share of the tissue stays, however small it is
 
 
@@ -181,7 +182,7 @@ def find_tissue(slide: Slide, options: TissueOptions | None = None) -> Tissue:
     """Segment a slide.
 
     Args:
-        slide: Its resolution must be known.
+        slide: Its resolution must be known, unless nothing on it has the colours of tissue.
         options: How.
 
     Returns:
@@ -195,6 +196,11 @@ def find_tissue(slide: Slide, options: TissueOptions | None = None) -> Tissue:
         instead of level-0 pixels, which are wrong for biopsies and other scan resolutions.
     """
     options = options or TissueOptions()
+    if slide.resolution is None:
+        scale = max(1.0, max(slide.width, slide.height) / BLANK)
+        mask = tissue_colours(overview(slide, scale), options)
+        if not mask.any():  # no tiles at any resolution
+            return Tissue(mask, scale, scale, (), options.method)
     resolution = slide.require_resolution()
     scale_x, scale_y = max(1.0, options.mpp / resolution.x), max(1.0, options.mpp / resolution.y)
     image = overview(slide, (scale_x, scale_y))
@@ -230,11 +236,13 @@ def otsu(values: NDArray[np.uint8]) -> float:
 def ink_colours(hsv: Pixels) -> Mask:
     """Return where ink of felt pens is: strongly saturated green to blue, or black; a little wider than its colour.
 
-    Eosin and haematoxylin are pink to violet (hue above 120 in OpenCV's 0 to 179), DAB is brown (below 25).
+    Eosin and haematoxylin are pink to violet (hue above 120 in OpenCV's 0 to 179), DAB is brown (below 25). Colours
+    with one channel full and another empty are drawn by a computer: no stained glass lets such light through.
     """
     hue, saturation, value = (hsv[..., channel].astype(int) for channel in range(3))
     coloured = (hue >= 35) & (hue <= 118) & (saturation > 90)
-    ink = (coloured | ((value < 50) & (saturation < 120))).astype(np.uint8)
+    drawn = (value >= 250) & (saturation >= 250)
+    ink = (coloured | drawn | ((value < 50) & (saturation < 120))).astype(np.uint8)
     strokes = cv2.morphologyEx(ink, cv2.MORPH_OPEN, np.ones((2, 2), np.uint8))
     return np.asarray(cv2.dilate(strokes, np.ones((5, 5), np.uint8)), bool)
 

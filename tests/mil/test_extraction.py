@@ -126,6 +126,27 @@ def test_bad_tiles(tmp_path, policy, expected):
     assert slide.backend == "tiff"
 
 
+def test_no_tissue_needs_no_resolution(tmp_path):
+    """Glass, and what only a computer draws, have no tiles at any resolution; any trace of stain needs one."""
+    pixels = np.full((250, 300, 3), 255, np.uint8)
+    pixels[30:130, 30:180], pixels[70:200, 70:200], pixels[90:220, 150:270] = (255, 0, 0), (0, 0, 255), (0, 255, 0)
+    write_pyramid(tmp_path / "boxes.tif", pixels, mpp=352.8, compression="deflate", tile=64)
+    write_pyramid(tmp_path / "glass.tif", np.full_like(pixels, 244), mpp=None, tile=64)
+    pixels[100:200, 20:60] = (190, 110, 170)
+    write_pyramid(tmp_path / "stain.tif", pixels, mpp=None, tile=64)
+    for number in (1, 2):  # the second time from the contours, with no slide counted as done
+        run = {"encoder": load_encoder("stain-texture"), "tiles": TILES, "options": QUICK}
+        extract(sorted(tmp_path.glob("*.tif")), out=tmp_path / "out", **run)
+        found = entries(tmp_path / "out")
+        for key in ("boxes", "glass"):
+            assert (found[key]["status"], found[key]["reason"]) == ("done", "no_tissue"), number
+            assert (found[key]["row"]["n_tiles"], found[key]["row"]["mpp_x"]) == (0, None)
+            file = tmp_path / "out" / "features" / TILES.name / "stain-texture" / f"{key}.h5"
+            assert load_bag(file).features.shape == (0, len(FEATURE_NAMES))
+            file.unlink()
+        assert found["stain"]["reason"] == "no_mpp"
+
+
 def test_lists_and_names(folder, tmp_path):
     listing = tmp_path / "list.csv"
     listing.write_text("\ufeffslide,mpp,label\nunknown.tif,0.25,a\ngood,,b\n", encoding="utf-8")
@@ -245,7 +266,7 @@ def test_the_real_collection(data_root, tmp_path):
         "corrupt.two-bad-tiles",
     )
     assert all(status[key] == ("done", "") for key in good)
-    assert all(status[key] == ("done", "no_tissue") for key in ("small", "😐", "boxes_0"))
+    assert all(status[key] == ("done", "no_tissue") for key in ("small", "😐", "boxes_0", "boxes", "yb10kx5k.zstd"))
     assert all(
         status[key] == ("failed", "no_mpp")
         for key in ("tcga-cr-7395-01a-01-ts1", "cmu1-region.72dpi", "cmu1-region.no-mpp")
