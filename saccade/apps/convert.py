@@ -12,7 +12,6 @@ __all__ = ["EXAMPLES", "add_arguments", "run"]
 EXAMPLES = {
     "convert": [
         "saccade convert OFFICIAL.pth -m convnext_tiny -o convnext_tiny.safetensors",
-        "saccade convert s_0_checkpoint.pt -m clam_sb -o clam.safetensors",
         "saccade convert runs/flowers -o flowers.safetensors",
     ]
 }
