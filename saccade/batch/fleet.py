@@ -179,7 +179,7 @@ class Fleet:
         """
         if not items:
             return
-        crew = Crew(self.ray, self.ray.put(build), {"num_cpus": cpus, "num_gpus": gpus}, say)
+        crew: Crew[T, R] = Crew(self.ray, self.ray.put(build), {"num_cpus": cpus, "num_gpus": gpus}, say)
         try:
             for _ in range(min(self.room(cpus, gpus), len(items))):
                 crew.hire()
