@@ -1,8 +1,9 @@
 """What token-aware average pooling and attention diversification do to a small FAN on small real data.
 
 The shipped configs ``image/flowers_fan`` and ``image/fashion_mnist_fan`` are trained with cross entropy alone (CE),
-with TAP, with ADL, and with both, three seeds each, and the weights of the last epoch are evaluated on the validation
-images as they are and under the fifteen corruptions at five severities, made at the size of the model's input.
+with TAP, with ADL, and with both, three seeds each, and the weights of the last epoch are evaluated on all validation
+images as they are and under the fifteen corruptions at five severities, made at the size of the model's input. The
+weight of ADL was chosen for each data set among WEIGHTS, from seed 0 without TAP: these runs are made and shown too.
 
 The data is ``images/`` below SACCADE_TEST_DATA (default ../shared/data). Each run leaves a folder below
 ``runs/train_robust/`` of the repository (or SACCADE_TRAIN_ROBUST); what is there is not done again.
@@ -31,43 +32,69 @@ from saccade.apps.shipped import config_path
 from saccade.checkpoints import best_checkpoint
 from saccade.datasets import IDXData, ImageFolderData
 from saccade.datasets.corruptions import CORRUPTIONS, GROUPS, SEVERITIES, corrupt
-from saccade.vision_backbones import load_model
+from saccade.vision_backbones import LoadedModel, load_model
 from saccade.vision_backbones.diversity import DiversityCollector
 
 SEEDS = (0, 1, 2)
+WEIGHTS = (0.1, 1.0, 4.0)
 REPOSITORY = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("SACCADE_TEST_DATA") or REPOSITORY.parent / "shared" / "data") / "images"
 FOLDER = Path(os.environ.get("SACCADE_TRAIN_ROBUST") or REPOSITORY / "runs" / "train_robust")
-# config, folder of the data, module that reads it
+# config, folder of the data, module that reads it, weight of ADL
 SETS = {
-    "flowers": ("image/flowers_fan", DATA / "flowers", ImageFolderData),
-    "fashion_mnist": ("image/fashion_mnist_fan", DATA / "fashion_mnist", IDXData),
+    "flowers": ("image/flowers_fan", DATA / "flowers", ImageFolderData, 1.0),
+    "fashion_mnist": ("image/fashion_mnist_fan", DATA / "fashion_mnist", IDXData, 1.0),
 }
-VARIANTS = {"CE": (False, 0.0), "CE + TAP": (True, 0.0), "CE + ADL": (False, 1.0), "CE + TAP + ADL": (True, 1.0)}
+VARIANTS = {"CE": (False, False), "CE + TAP": (True, False), "CE + ADL": (False, True), "CE + TAP + ADL": (True, True)}
 COUNTED = [name for name in CORRUPTIONS if name not in GROUPS["extra"]]
 
 
-def place(data: str, variant: str, seed: int) -> Path:
-    """Return the folder of one run."""
-    return FOLDER / f"{data}-{variant.replace(' + ', '-').lower()}-{seed}"
+class Run:
+    """One training and what is known of it.
+
+    Args:
+        data: Which of SETS.
+        pooling: With TAP.
+        weight: Of ADL; 0 means without.
+        seed: Of the training.
+    """
+
+    def __init__(self, data: str, pooling: bool, weight: float, seed: int) -> None:
+        self.data, self.pooling, self.weight, self.seed = data, pooling, weight, seed
+        parts = [data, "ce", *["tap"] * pooling, *[f"adl{weight:g}"] * (weight > 0), str(seed)]
+        self.folder = FOLDER / "-".join(parts)
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """Return one of the run's JSON files, ``None`` if it is not there yet."""
+        path = self.folder / name
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def write(self, name: str, content: dict[str, Any]) -> None:
+        """Write one of the run's JSON files."""
+        (self.folder / name).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def train(data: str, variant: str, seed: int) -> None:
+def variant_run(data: str, variant: str, seed: int) -> Run:
+    """Return the run of a variant."""
+    pooling, diverse = VARIANTS[variant]
+    return Run(data, pooling, SETS[data][3] if diverse else 0.0, seed)
+
+
+def train(one: Run) -> None:
     """Train once with ``saccade fit`` and note the outcome in ``run.json``, unless that is there."""
-    folder = place(data, variant, seed)
+    folder = one.folder
     if (folder / "run.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    config, root, _ = SETS[data]
-    pooling, weight = VARIANTS[variant]
+    config, root, *_ = SETS[one.data]
     options = yaml.safe_load(config_path(config).read_text())["model"]["init_args"]["backbone_kwargs"]
     options = {key: value for key, value in options.items() if key != "num_scales"}
-    options |= {"num_scales": 4} if pooling else {}
-    settings = ["--model.backbone_kwargs", json.dumps(options), "--model.diversity_weight", str(weight)]
+    options |= {"num_scales": 4} if one.pooling else {}
+    settings = ["--model.backbone_kwargs", json.dumps(options), "--model.diversity_weight", str(one.weight)]
     command = [sys.executable, "-m", "saccade.apps.cli", "fit", "-c", config, "--data.root", str(root)]
     start = time.perf_counter()
     done = subprocess.run(
-        [*command, *settings, "--seed", str(seed), "-q", "--json"],
+        [*command, *settings, "--seed", str(one.seed), "-q", "--json"],
         cwd=folder,
         check=True,
         stdout=subprocess.PIPE,
@@ -82,16 +109,16 @@ def train(data: str, variant: str, seed: int) -> None:
         "total_seconds": round(time.perf_counter() - start, 1),
         "last": metrics["last"],
     }
-    (folder / "run.json").write_text(json.dumps(outcome, indent=1) + "\n")
+    one.write("run.json", outcome)
     print(f"{folder.name:<34}val acc {metrics['last']['val/acc']:.3f}   {outcome['total_seconds']:.0f} s", flush=True)
 
 
 class Images:
-    """The validation images of a data set, cropped for a model."""
+    """The images of a data set, cropped for a model."""
 
-    def __init__(self, data: str, data_config: dict[str, Any]) -> None:
-        _, root, kind = SETS[data]
-        samples = kind(root=str(root)).samples("val")
+    def __init__(self, data: str, split: str, data_config: dict[str, Any]) -> None:
+        _, root, kind, _ = SETS[data]
+        samples = kind(root=str(root)).samples(split)
         crop = timm.data.create_transform(**data_config, use_prefetcher=True)
         self.pixels = np.stack([np.asarray(crop(sample.load())) for sample in samples])  # (N, 3, Y, X), uint8
         self.targets = torch.tensor([sample.target for sample in samples])
@@ -135,18 +162,22 @@ def mean_diversity_loss(model: nn.Module, images: Tensor) -> float:
     return total / len(images)
 
 
+def load(one: Run) -> LoadedModel:
+    """Return the model of a finished run, with the weights of its last epoch."""
+    trained = one.read("run.json")
+    assert trained is not None
+    return load_model(str(best_checkpoint(one.folder / trained["run"], prefer="last")))
+
+
 def evaluate(data: str) -> None:
     """Evaluate all runs of a data set that have no ``evaluation.json`` yet; each corruption is made once for all."""
-    runs = [place(data, variant, seed) for variant in VARIANTS for seed in SEEDS]
-    runs = [run for run in runs if (run / "run.json").exists() and not (run / "evaluation.json").exists()]
+    runs = [variant_run(data, variant, seed) for variant in VARIANTS for seed in SEEDS]
+    runs = [one for one in runs if one.read("run.json") and not one.read("evaluation.json")]
     if not runs:
         return
-    loaded = [
-        load_model(str(best_checkpoint(run / json.loads((run / "run.json").read_text())["run"], prefer="last")))
-        for run in runs
-    ]
+    loaded = [load(one) for one in runs]
     models = [one.model for one in loaded]
-    images = Images(data, loaded[0].data_config)
+    images = Images(data, "val", loaded[0].data_config)
     clean = images.normalised(images.pixels)
     found = [
         {"clean": accuracy(model, clean, images.targets), "adl": mean_diversity_loss(model, clean), "corrupted": {}}
@@ -157,18 +188,43 @@ def evaluate(data: str) -> None:
         for model, result in zip(models, found, strict=True):
             result["corrupted"][name] = [accuracy(model, part, images.targets) for part in corrupted]
         print(f"{data}: {name} done", flush=True)
-    for run, result in zip(runs, found, strict=True):
-        (run / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+    for one, result in zip(runs, found, strict=True):
+        one.write("evaluation.json", result)
+
+
+def weigh(data: str) -> list[dict[str, Any]]:
+    """Train seed 0 with each weight of ADL, without TAP, and print what the choice was made from."""
+    rows = []
+    print(f"{data}, seed 0, no TAP: clean validation accuracy, and ADL over the training images, by the weight of ADL")
+    for weight in (0.0, *WEIGHTS):
+        one = Run(data, False, weight, 0)
+        train(one)
+        row = one.read("weight.json")
+        if row is None:
+            loaded = load(one)
+            images = Images(data, "train", loaded.data_config)
+            trained = one.read("run.json")
+            assert trained is not None
+            row = {
+                "weight": weight,
+                "val_acc": trained["last"]["val/acc"],
+                "adl_train": mean_diversity_loss(loaded.model, images.normalised(images.pixels)),
+            }
+            one.write("weight.json", row)
+        chosen = "   chosen" if weight == SETS[data][3] else ""
+        print(f"  {weight:<6g}{row['val_acc']:.3f}   {row['adl_train']:.4f}{chosen}", flush=True)
+        rows.append(row)
+    return rows
 
 
 def summary(data: str, variant: str) -> dict[str, Any]:
     """Return mean and spread over the seeds, and the figures of each."""
     seeds = []
     for seed in SEEDS:
-        folder = place(data, variant, seed)
-        if not (folder / "evaluation.json").exists():
+        one = variant_run(data, variant, seed)
+        trained, found = one.read("run.json"), one.read("evaluation.json")
+        if trained is None or found is None:
             continue
-        run, found = (json.loads((folder / name).read_text()) for name in ("run.json", "evaluation.json"))
         means = {name: statistics.mean(values) for name, values in found["corrupted"].items()}
         seeds.append(
             {
@@ -183,8 +239,8 @@ def summary(data: str, variant: str) -> dict[str, Any]:
                 "retention": statistics.mean(means.values()) / found["clean"],
                 "adl": found["adl"],
                 "by_corruption": means,
-                "epochs": run["epochs"],
-                "total_seconds": run["total_seconds"],
+                "epochs": trained["epochs"],
+                "total_seconds": trained["total_seconds"],
             }
         )
     values = {kind: [seed[kind] for seed in seeds] for kind in ("clean", "corrupted", "retention", "adl")}
@@ -195,17 +251,18 @@ def summary(data: str, variant: str) -> dict[str, Any]:
 
 def main() -> None:
     """Run what is missing, print the table and save."""
-    for seed in SEEDS:
-        for data in SETS:
-            for variant in VARIANTS:
-                train(data, variant, seed)
+    weights = {}
     for data in SETS:
+        weights[data] = weigh(data)
+        for seed in SEEDS:
+            for variant in VARIANTS:
+                train(variant_run(data, variant, seed))
         evaluate(data)
-    report()
+    report(weights)
 
 
-def report() -> None:
-    """Print the table of the evaluated runs and save it."""
+def report(weights: dict[str, list[dict[str, Any]]]) -> None:
+    """Print the table of the evaluated runs and save it with the choice of weights."""
     cases = []
     print(f"{'data':<16}{'loss':<18}{'clean':>16}{'corrupted':>16}{'retention':>16}{'ADL':>16}   mean and sd, top-1")
     for data in SETS:
@@ -221,7 +278,7 @@ def report() -> None:
             print(f"{data:<16}{variant:<18}{''.join(columns)}   {len(case['seeds'])} seeds")
             cases.append(case)
     RESULTS.mkdir(exist_ok=True)
-    content = {"machine": machine(), "load": os.getloadavg(), "cases": cases}
+    content = {"machine": machine(), "load": os.getloadavg(), "weights": weights, "cases": cases}
     (RESULTS / "train_robust.json").write_text(json.dumps(content, indent=1) + "\n")
 
 

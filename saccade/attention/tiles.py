@@ -54,8 +54,9 @@ class TiledMaps:
         batch, heads, queries, _ = self.query.shape
         limit = ELEMENTS if self.query.is_cpu else 16 * ELEMENTS  # a GPU has no cache to stay in, and launches to save
         row = max(heads * self.key.shape[2], 1)
-        samples = max(limit // max(row * queries, 1), 1)
-        rows = max(queries if samples > 1 else min(limit // row, queries), 1)
+        together = limit // 2 if self.query.is_cpu else limit  # small samples: a tile and its gradient stay cached
+        samples = max(together // max(row * queries, 1), 1)
+        rows = max(min(limit // row, queries), 1)
         blocks = [slice(first, min(first + rows, queries)) for first in range(0, queries, rows)]
         for first in range(0, batch, samples):
             yield slice(first, min(first + samples, batch)), blocks
