@@ -36,7 +36,7 @@ from saccade.vision_backbones import LoadedModel, load_model
 from saccade.vision_backbones.diversity import DiversityCollector
 
 SEEDS = (0, 1, 2)
-WEIGHTS = (0.1, 1.0, 4.0)
+WEIGHTS = (0.1, 1.0)
 REPOSITORY = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("SACCADE_TEST_DATA") or REPOSITORY.parent / "shared" / "data") / "images"
 FOLDER = Path(os.environ.get("SACCADE_TRAIN_ROBUST") or REPOSITORY / "runs" / "train_robust")

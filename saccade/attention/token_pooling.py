@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -116,32 +115,51 @@ def describe(tokens: Tensor, weights: Tensor) -> StencilProblem:
 
 
 class Margin:
-    """A map of tokens with a margin of zeros, from which sums over dilated boxes are slices added up."""
+    """Maps of tokens with a margin of zeros, from which sums over dilated boxes are slices added up.
 
-    def __init__(self, like: Tensor, margin: int) -> None:
-        height, width, channels = like.shape
+    Args:
+        blocks: What :meth:`hold` will be given, as :func:`chunks` says.
+        like: Tokens that they are parts of.
+        height: Of the maps.
+        width: Of the maps.
+        margin: Zeros on each side.
+    """
+
+    def __init__(self, blocks: list[tuple[slice, slice]], like: Tensor, height: int, width: int, margin: int) -> None:
         self.height, self.width, self.margin = height, width, margin
-        shape = (height + 2 * margin, width + 2 * margin, channels)
-        self.padded = torch.zeros(shape, dtype=reference.wide(like), device=like.device)
-        self.inside = self.padded[margin : margin + height, margin : margin + width]
+        samples = max((block.stop - block.start for block, _ in blocks), default=0)
+        channels = max((block.stop - block.start for _, block in blocks), default=0)
+        shape = (samples, height + 2 * margin, width + 2 * margin, channels)
+        self.buffer = torch.zeros(shape, dtype=reference.wide(like), device=like.device)
+
+    def hold(self, samples: int, channels: int) -> Tensor:
+        """Take so many maps next; return the place inside the margin that they are to be written to."""
+        self.padded = self.buffer[:samples, ..., :channels]
+        rows, columns = (slice(self.margin, self.margin + length) for length in (self.height, self.width))
+        self.inside = self.padded[:, rows, columns]
+        return self.inside
 
     def box(self, dilation: int) -> Tensor:
-        """Return the sum of the 3 x 3 tokens ``dilation`` apart around each, ``(H, W, C)``: of rows, then columns."""
+        """Return the sum of the 3 x 3 tokens ``dilation`` apart around each: of rows, then of columns."""
         before, here, after = self.margin - dilation, self.margin, self.margin + dilation
         padded, height, width = self.padded, self.height, self.width
-        rows = padded[:, before : before + width] + padded[:, here : here + width]
-        rows += padded[:, after : after + width]
-        box = rows[before : before + height] + rows[here : here + height]
-        box += rows[after : after + height]
+        rows = padded[:, :, before : before + width] + padded[:, :, here : here + width]
+        rows += padded[:, :, after : after + width]
+        box = rows[:, before : before + height] + rows[:, here : here + height]
+        box += rows[:, after : after + height]
         return box
 
 
-def chunks(tokens: Tensor) -> Iterator[tuple[int, slice]]:
-    """Yield sample and channels of each block of work on ``(B, N, C)``."""
-    step = max(64, BLOCK // max(tokens.shape[1], 1))
-    for sample in range(tokens.shape[0]):
-        for channel in range(0, tokens.shape[2], step):
-            yield sample, slice(channel, channel + step)
+def chunks(tokens: Tensor) -> list[tuple[slice, slice]]:
+    """Return samples and channels of each block of work on ``(B, N, C)``: some samples, or channels of one."""
+    batch, length, width = tokens.shape
+    channels = min(max(64, BLOCK // max(length, 1)), width)
+    samples = max(1, BLOCK // max(length * width, 1))
+    return [
+        (slice(sample, min(sample + samples, batch)), slice(channel, min(channel + channels, width)))
+        for sample in range(0, batch, samples)
+        for channel in range(0, width, max(channels, 1))
+    ]
 
 
 def scaled(weights: Tensor) -> Tensor:
@@ -157,14 +175,15 @@ def pool_tokens(tokens: Tensor, weights: Tensor) -> Tensor:
     out = torch.empty_like(tokens, memory_format=torch.contiguous_format)
     factor = scaled(weights)
     height, width = weights.shape[2:]
-    for sample, channels in chunks(tokens):
-        image = tokens[sample, :, channels].unflatten(0, (height, width))
-        margin = Margin(image, weights.shape[1] - 1)
-        margin.inside.copy_(image)
-        pooled = margin.inside * factor[sample, 0]
+    blocks = chunks(tokens)
+    margin = Margin(blocks, tokens, height, width, weights.shape[1] - 1)
+    for samples, channels in blocks:
+        image = tokens[samples, :, channels].unflatten(1, (height, width))
+        inside = margin.hold(image.shape[0], image.shape[3]).copy_(image)
+        pooled = inside * factor[samples, 0]
         for dilation in range(1, weights.shape[1]):
-            pooled.addcmul_(margin.box(dilation), factor[sample, dilation])
-        out[sample, :, channels] = pooled.flatten(0, 1)
+            pooled.addcmul_(margin.box(dilation), factor[samples, dilation])
+        out[samples, :, channels] = pooled.flatten(1, 2)
     return out
 
 
@@ -185,18 +204,20 @@ def pool_tokens_backward(grad_out: Tensor, tokens: Tensor, weights: Tensor) -> t
     factor = scaled(weights)
     grad_factor = torch.zeros_like(factor)
     height, width = weights.shape[2:]
-    for sample, channels in chunks(tokens):
-        image = tokens[sample, :, channels].unflatten(0, (height, width))
-        values, grads = Margin(image, weights.shape[1] - 1), Margin(image, weights.shape[1] - 1)
-        values.inside.copy_(image)
-        grad = grad_out[sample, :, channels].unflatten(0, (height, width)).to(factor.dtype)
-        grad_image = grad * factor[sample, 0]
-        grad_factor[sample, 0] += (grad * values.inside).sum(-1, keepdim=True)
+    blocks = chunks(tokens)
+    values, grads = (Margin(blocks, tokens, height, width, weights.shape[1] - 1) for _ in range(2))
+    for samples, channels in blocks:
+        image = tokens[samples, :, channels].unflatten(1, (height, width))
+        inside = values.hold(image.shape[0], image.shape[3]).copy_(image)
+        spread = grads.hold(image.shape[0], image.shape[3])
+        grad = grad_out[samples, :, channels].unflatten(1, (height, width)).to(factor.dtype)
+        grad_image = grad * factor[samples, 0]
+        grad_factor[samples, 0] += (grad * inside).sum(-1, keepdim=True)
         for dilation in range(1, weights.shape[1]):
-            grad_factor[sample, dilation] += (grad * values.box(dilation)).sum(-1, keepdim=True)
-            torch.mul(grad, factor[sample, dilation], out=grads.inside)
+            grad_factor[samples, dilation] += (grad * values.box(dilation)).sum(-1, keepdim=True)
+            torch.mul(grad, factor[samples, dilation], out=spread)
             grad_image += grads.box(dilation)
-        grad_tokens[sample, :, channels] = grad_image.flatten(0, 1)
+        grad_tokens[samples, :, channels] = grad_image.flatten(1, 2)
     grad_factor[:, 1:] /= 9
     return grad_tokens, grad_factor.squeeze(-1).to(weights.dtype)
 
