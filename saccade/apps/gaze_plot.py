@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scanpath", required=True, metavar="FILE", help="paths in any format, e.g. of gaze predict")
     parser.add_argument("--truth", metavar="FILE", help="human paths, drawn beside them")
     parser.add_argument(
-        "-o", "--out", required=True, metavar="FILE", help="*.png or *.jpg; *.gif animates the first path"
+        "-o", "--out", required=True, metavar="FILE", help="*.png or *.jpg; *.gif and *.mp4 animate the first path"
     )
     parser.add_argument("--name", metavar="IMAGE", help="what the files call the image (default: its file name)")
     parser.add_argument("--task", metavar="TASK", help="only paths with this task")
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sigma-px", type=float, metavar="PX", help="blur of the heat map (default: 1/30 of the image)"
     )
     parser.add_argument("--boxes", metavar="FILE", help="also outline the objects of this table")
-    parser.add_argument("--speed", type=float, default=1.0, metavar="F", help="of a *.gif (default: 1, as recorded)")
+    parser.add_argument("--speed", type=float, default=1.0, metavar="F", help="of an animation (default: 1, as recorded)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,11 +40,12 @@ def run(args: argparse.Namespace) -> int:
     from saccade.batch import atomic_path
     from saccade.datasets import read_image
     from saccade.gaze.object_boxes import read_boxes
-    from saccade.gaze.plotting import animate_scanpath, draw_heatmap, draw_scanpaths
+    from saccade.gaze.plotting import ANIMATIONS, animate_scanpath, draw_heatmap, draw_scanpaths
 
     out = Path(args.out)
-    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".gif"):
-        raise ConfigError(f"A picture ends in .png, .jpg or .gif, got {out.name!r}.")
+    kind = out.suffix.lower()
+    if kind not in (".png", ".jpg", ".jpeg", *ANIMATIONS):
+        raise ConfigError(f"A picture ends in .png, .jpg, .gif or .mp4, got {out.name!r}.")
     image = read_image(args.image)
     name = args.name or Path(args.image).name
     panels = [
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     ]
     if len(panels) > 1:
         panels[1] = ("model", panels[1][1])
-    if out.suffix.lower() == ".gif":
+    if kind in ANIMATIONS:
         animate_scanpath(image, panels[-1][1][0], out, speed=args.speed)
     else:
         if args.heatmap:

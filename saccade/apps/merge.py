@@ -32,8 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     from saccade.batch import merge_shards
+    from saccade.gaze.predicted_paths import write_predictions
 
-    summary = merge_shards(args.inputs, out=args.out)
+    summary = merge_shards(args.inputs, out=args.out, writers={"gaze predict": write_predictions})
     counts = f"done {summary.done:,}  failed {summary.failed:,}"
     print(f"{counts}   united in {summary.out}   details: {summary.details}", file=sys.stderr)
     return finish_run(summary, as_json=args.json)

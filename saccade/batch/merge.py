@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,19 @@ class Shards:
         return [RunFiles.of(out, BatchOptions(shard=f"{i}/{count}")) for i in range(1, count + 1)]
 
 
-def merge_shards(inputs: str | Path | Sequence[str | Path], *, out: str | Path | None = None) -> RunSummary:
+def merge_shards(
+    inputs: str | Path | Sequence[str | Path],
+    *,
+    out: str | Path | None = None,
+    writers: Mapping[str, Callable[[Mapping[str, Entry], Path], None]] | None = None,
+) -> RunSummary:
     """Unite the outputs of all shards of one run.
 
     Args:
         inputs: The name that the unsharded output would have (``predictions.csv``, ``features.h5``, ``overlays/``), or
             all shard files of it. Tables, arrays and folders of per-item files are understood.
         out: United output; ``None`` means the unsharded name.
+        writers: By command, what writes other outputs, from the united entries of the journals.
 
     Returns:
         The summary of the united run.
@@ -61,7 +67,10 @@ def merge_shards(inputs: str | Path | Sequence[str | Path], *, out: str | Path |
     settings = check_manifests(manifests, [file.manifest for file in files])
     journals = [read_entries(file.journal) for file in files]
     entries = dict(sorted((key, entry) for journal in journals for key, entry in journal.items()))
-    if target.suffix.lower() in TABLE_EXTENSIONS:
+    writer = (writers or {}).get(settings["command"])
+    if writer is not None:
+        writer(entries, target)
+    elif target.suffix.lower() in TABLE_EXTENSIONS:
         rows, columns = table_rows(entries)
         write_table(target, rows, columns)
     elif target.suffix.lower() in ARRAY_EXTENSIONS:

@@ -17,11 +17,13 @@ from saccade.gaze.scanpath import Scanpath, ScanpathSet
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["animate_scanpath", "draw_heatmap", "draw_scanpaths", "fixation_map"]
+__all__ = ["ANIMATIONS", "animate_scanpath", "draw_heatmap", "draw_scanpaths", "fixation_map"]
 
 COLOURS = ("#e6550d", "#3182bd", "#31a354", "#756bb1", "#b5651d", "#c51b8a")
 MOST = 6  # paths in one panel; more hide each other
 SIDE = 720  # px of a panel's longer side
+ANIMATIONS = (".gif", ".mp4")
+FRAMES_PER_S = 25
 REFERENCE_S = 0.25  # a fixation of this duration has the usual radius
 
 
@@ -160,23 +162,25 @@ def draw_heatmap(
 
 
 def animate_scanpath(image: Image.Image, path: Scanpath, out: str | Path, *, speed: float = 1.0) -> None:
-    """Write an animated GIF in which the fixations of a path appear one by one, each for its duration.
+    """Write an animation in which the fixations of a path appear one by one, each for its duration.
 
     Args:
         image: RGB.
-        path: The path; without durations each fixation lasts 0.25 s.
-        out: ``*.gif``.
+        path: The path; without durations each fixation lasts 0.25 s. The last one stays a second longer.
+        out: ``*.gif``, or ``*.mp4`` of 25 frames per second (MPEG-4 part 2).
         speed: 2 is twice as fast.
 
     Raises:
-        ConfigError: If ``out`` is no GIF, or the speed is not above 0.
+        ConfigError: If ``out`` is neither, or the speed is not above 0.
+        DataError: If the path was recorded on an image of another size.
     """
     from matplotlib.figure import Figure
 
     from saccade.batch.tables import atomic_path
 
-    if Path(out).suffix.lower() != ".gif":
-        raise ConfigError(f"An animation is written as .gif, got {Path(out).name!r}.")
+    kind = Path(out).suffix.lower()
+    if kind not in ANIMATIONS:
+        raise ConfigError(f"An animation is written as {' or '.join(ANIMATIONS)}, got {Path(out).name!r}.")
     if not speed > 0:
         raise ConfigError(f"speed must be above 0, got {speed}.")
     check_size(path, image)
@@ -188,8 +192,36 @@ def animate_scanpath(image: Image.Image, path: Scanpath, out: str | Path, *, spe
         show_image(axis, image)
         draw_path(axis, path, COLOURS[0], count)
         frames.append(rendered(figure))
-    duration = np.full(len(path), REFERENCE_S) if path.duration is None else np.asarray(path.duration)
-    shown_ms = np.maximum(duration / speed * 1000, 20).round().astype(int).tolist()  # GIF knows hundredths of a second
-    shown_ms[-1] += 1000
+    seconds = (np.full(len(path), REFERENCE_S) if path.duration is None else np.asarray(path.duration)) / speed
+    seconds[-1] += 1.0
     with atomic_path(Path(out)) as temporary:
-        frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=shown_ms, loop=0)
+        if kind == ".mp4":
+            write_video(frames, seconds, temporary)
+        else:
+            # GIF knows hundredths of a second
+            shown_ms = np.maximum(seconds * 1000, 20).round().astype(int).tolist()
+            frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=shown_ms, loop=0)
+
+
+def write_video(pictures: Sequence[Image.Image], seconds: NDArray[np.float64], out: Path) -> None:
+    """Write pictures as a film, each for its time, rounded so that their sum is kept; each is seen at least once.
+
+    Raises:
+        DataError: If OpenCV cannot write such files here.
+    """
+    import cv2
+
+    width, height = (side - side % 2 for side in pictures[0].size)  # the codec takes even sides
+    writer = cv2.VideoWriter(str(out), cv2.VideoWriter.fourcc(*"mp4v"), FRAMES_PER_S, (width, height))
+    if not writer.isOpened():
+        raise DataError("This OpenCV was built without a writer of .mp4; write a .gif.", reason="no_writer")
+    try:
+        done = 0
+        for picture, end in zip(pictures, np.cumsum(seconds) * FRAMES_PER_S, strict=True):
+            count = max(1, round(float(end)) - done)
+            done += count
+            frame = np.ascontiguousarray(np.asarray(picture)[:height, :width, ::-1])  # BGR
+            for _ in range(count):
+                writer.write(frame)
+    finally:
+        writer.release()

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -37,7 +36,7 @@ from saccade.gaze.decoding import DecodedPaths, beam_search, greedy, sample
 from saccade.gaze.loading import LoadedPredictor, load_predictor
 from saccade.gaze.object_boxes import BoxSource, ObjectBoxes, find_target
 from saccade.gaze.object_features import ObjectEncoder
-from saccade.gaze.scanpath import Scanpath, ScanpathSet
+from saccade.gaze.predicted_paths import write_predictions
 from saccade.gaze.scenes import SceneBatch, stack_scenes
 from saccade.gaze.trials import scene_of
 
@@ -203,7 +202,7 @@ def predict_scanpaths(
                 else:
                     run.done(item, seconds=seconds, row=rows[item.id])
     if not options.dry_run:
-        write_result(run, target)
+        write_predictions(run.entries, run.files.data(target))
     return run.summary
 
 
@@ -354,32 +353,3 @@ def check_encoder(loaded: LoadedPredictor, encoder: ObjectEncoder | None) -> Non
         )
     if encoder is not None and encoder.name != wanted:
         raise ConfigError(f"The model was trained on features of {wanted!r}, got the encoder {encoder.name!r}.")
-
-
-def write_result(run: Run, path: Path) -> None:
-    """Write the paths of all finished images, those of earlier runs included."""
-    from saccade.gaze.formats import write_scanpaths
-
-    records = []
-    for name, entry in sorted(run.entries.items()):
-        row: dict[str, Any] = entry.get("row", {"paths": []})
-        for stored in row["paths"]:
-            xy = np.array(stored["xy"], np.float64)
-            records.append(
-                Scanpath(
-                    image=name,
-                    x=xy[:, 0],
-                    y=xy[:, 1],
-                    subject=stored["subject"],
-                    task=stored["task"],
-                    width=row["width"],
-                    height=row["height"],
-                    sample=stored["sample"],
-                    objects=np.array(stored["objects"], np.int64),
-                    target_object=stored["target"],
-                    target_box=None if stored["box"] is None else np.array(stored["box"]),
-                    meta={"log_prob": stored["log_prob"]},
-                )
-            )
-    if records:
-        write_scanpaths(ScanpathSet.from_paths(records), run.files.data(path))

@@ -104,6 +104,19 @@ def test_results_depend_on_no_other_image_and_survive_interruption(folder, tmp_p
     assert (tmp_path / "mine.csv").read_text() == "precious"
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".h5"])
+def test_shards_unite_to_what_one_run_writes(folder, tmp_path, capsys, suffix):
+    strategy = Strategy(paths=2)
+    predict(folder, tmp_path / f"whole{suffix}", strategy=strategy)
+    for shard in ("1/2", "2/2"):
+        predict(folder, tmp_path / f"parts{suffix}", strategy=strategy, options=BatchOptions(shard=shard))
+    assert main(["merge", str(tmp_path / f"parts{suffix}")]) == 0
+    assert "done 3  failed 0   united in" in capsys.readouterr().err
+    whole, parts = (read_scanpaths(tmp_path / f"{name}{suffix}") for name in ("whole", "parts"))
+    for column in ("image", "subject", "sample", "x", "y", "objects", "target_object", "offsets"):
+        np.testing.assert_array_equal(getattr(whole, column), getattr(parts, column))
+
+
 @pytest.mark.parametrize("kind", ["greedy", "beam", "sample"])
 def test_strategies_keep_what_they_promise(folder, tmp_path, kind):
     strategy = Strategy(kind=kind, paths=3, max_length=4, viewer="2", inhibition=0 if kind == "beam" else 4)
@@ -233,8 +246,26 @@ def test_animation_lasts_as_long_as_the_fixations(tmp_path):
             animation.seek(frame)
             durations.append(animation.info["duration"])
     assert durations == [100, 1200]  # the last one stays a second longer
-    with pytest.raises(ConfigError, match=r"written as \.gif"):
+    with pytest.raises(ConfigError, match=r"written as \.gif or \.mp4"):
         animate_scanpath(Image.new("RGB", (6, 4)), one_path()[0], tmp_path / "a.png")
+
+
+def test_film_shows_each_fixation_for_its_duration(tmp_path):
+    cv2 = pytest.importorskip("cv2")
+    path = one_path(duration=[0.2, 0.01])[0]  # the second is shorter than a frame, and stays a second longer
+    animate_scanpath(Image.new("RGB", (61, 40), (128, 128, 128)), path, tmp_path / "a.mp4")
+    film = cv2.VideoCapture(str(tmp_path / "a.mp4"))
+    assert film.get(cv2.CAP_PROP_FPS) == 25
+    frames = []
+    while (read := film.read())[0]:
+        frames.append(read[1].astype(int))
+    assert len(frames) == 5 + 25
+    scale = 720 / 61
+    second = np.s_[int(28 * scale) : int(32 * scale), int(48 * scale) : int(52 * scale)]
+    shown = [np.abs(frame[second] - 128).max() > 60 for frame in frames]
+    assert shown == [False] * 5 + [True] * 25
+    assert frames[-1][second][..., 2].mean() > frames[-1][second][..., 0].mean()  # orange, in BGR
+    assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
 
 
 def test_batches_and_precision(folder, tmp_path):
