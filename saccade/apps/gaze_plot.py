@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sigma-px", type=float, metavar="PX", help="blur of the heat map (default: 1/30 of the image)"
     )
     parser.add_argument("--boxes", metavar="FILE", help="also outline the objects of this table")
-    parser.add_argument("--speed", type=float, default=1.0, metavar="F", help="of an animation (default: 1, as recorded)")
+    parser.add_argument(
+        "--speed", type=float, default=1.0, metavar="F", help="of an animation (default: 1, as recorded)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ from saccade.gaze.formats.common import Format, ReadOptions
 from saccade.gaze.formats.events import MULTIMATCH, PYMOVEMENTS, from_events, to_events
 from saccade.gaze.formats.hdf5 import HDF5, PYSALIENCY, from_pysaliency, to_pysaliency
 from saccade.gaze.formats.oat import OAT_TRIALS
+from saccade.gaze.formats.samples import Screen, from_samples, read_samples
 from saccade.gaze.formats.table import TABLE
 from saccade.gaze.scanpath import ScanpathSet
 from saccade.gaze.validation import ScanpathWarning, notices, outside_image
@@ -24,10 +25,13 @@ __all__ = [
     "FORMATS",
     "Format",
     "ReadOptions",
+    "Screen",
     "apply_off_image",
     "find_format",
     "from_events",
     "from_pysaliency",
+    "from_samples",
+    "read_samples",
     "read_scanpaths",
     "to_events",
     "to_pysaliency",
