@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from saccade.gaze.metrics.density_table import DensityScore
     from saccade.gaze.metrics.evaluate import Comparison
     from saccade.gaze.metrics.search_table import SearchScore
+    from saccade.gaze.scanpath import ScanpathSet
 
 __all__ = ["add_arguments", "run"]
 
@@ -48,6 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--first", type=int, metavar="N", help="only the first N fixations of both (default: all)")
     group.add_argument("--maps", metavar="DIR", help="label maps IMAGE.png or IMAGE.npy, for the semantic metrics")
     group.add_argument(
+        "--densities",
+        metavar="DIR",
+        help="score predicted densities IMAGE[.TASK][.SUBJECT].npy, (H, W) or one per fixation (N, H, W), at the human "
+        "fixations",
+    )
+    group.add_argument("--baseline", metavar="FILE", help="their baseline: training recordings (default: other images)")
+    group.add_argument(
         "--max-step",
         type=int,
         default=6,
@@ -69,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("Give --pred and --truth, or one file whose viewers are compared with each other.")
     if args.ppd is not None and not args.ppd > 0:
         raise ConfigError(f"--ppd is pixels per degree, above 0, got {args.ppd:g}.")
+    if args.baseline is not None and args.densities is None:
+        raise ConfigError("--baseline is of --densities.")
     if args.out is not None:
         check_table_path(Path(args.out))
     maps = None if args.maps is None else read_maps(Path(args.maps))
@@ -91,18 +102,30 @@ def run(args: argparse.Namespace) -> int:
     search = [] if args.metrics else search_table(
         predicted, human, max_step=args.max_step, chance=not args.no_chance, seed=args.seed
     )  # fmt: skip
+    densities = [] if args.densities is None else score_densities(human, args)
     if args.out is not None:
         write_table(Path(args.out), comparison.rows())
         note(f"{args.out}: {len(comparison.values)} pairs", args)
     if args.json:
-        print(json.dumps(document(comparison, search, args), indent=1, allow_nan=False))
+        print(json.dumps(document(comparison, search, densities, args), indent=1, allow_nan=False))
         return 0
     print_header(comparison, args)
     print("\n".join(score_lines(comparison)))
     if search:
         print()
         print("\n".join(search_lines(search)))
+    if densities:
+        print()
+        print("\n".join(density_lines(densities)))
     return 0
+
+
+def score_densities(human: ScanpathSet, args: argparse.Namespace) -> list[DensityScore]:
+    """Return the scores of the densities of a folder at the human fixations."""
+    from saccade.gaze.metrics.density_table import DensityFiles, density_table
+
+    baseline = None if args.baseline is None else read_paths(args.baseline, args)
+    return density_table(human, DensityFiles(Path(args.densities)), baseline=baseline, seed=args.seed)
 
 
 def read_maps(folder: Path) -> dict[str, NDArray[np.integer]]:
@@ -177,7 +200,21 @@ def search_lines(search: Sequence[SearchScore]) -> list[str]:
     return table_lines(rows)
 
 
-def document(comparison: Comparison, search: Sequence[SearchScore], args: argparse.Namespace) -> dict[str, Any]:
+def density_lines(densities: Sequence[DensityScore]) -> list[str]:
+    """Return the table of densities."""
+    rows = [["DENSITY", "SCORE", "95%", "N", "BASELINE"]]
+    for score in densities:
+        interval = f"{number(score.low)}..{number(score.high)}"
+        rows.append([score.name, number(score.mean), interval, str(score.n), number(score.baseline)])
+    return table_lines(rows)
+
+
+def document(
+    comparison: Comparison,
+    search: Sequence[SearchScore],
+    densities: Sequence[DensityScore],
+    args: argparse.Namespace,
+) -> dict[str, Any]:
     """Return everything that is printed, NaN as null."""
 
     def plain(row: Any) -> dict[str, Any]:  # noqa: ANN401 - a dataclass
@@ -187,6 +224,7 @@ def document(comparison: Comparison, search: Sequence[SearchScore], args: argpar
         "pairs": len(comparison.values),
         "scores": [plain(score) for score in comparison.scores],
         "search": [plain(row) for row in search],
+        "densities": [plain(row) for row in densities],
         "definitions": comparison.definitions,
         "left_out": comparison.left_out,
         "settings": {

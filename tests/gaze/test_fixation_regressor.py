@@ -1,6 +1,7 @@
 """The regressor for images without objects: its likelihood is one, it learns places, its paths are recordings."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,17 @@ import torch
 from PIL import Image
 
 from saccade.errors import ConfigError, DataError
-from saccade.gaze import FixationRegressor, RegressedFixations, Scanpath, ScanpathSet, fit_fixation_regressor
+from saccade.gaze import (
+    FixationRegressor,
+    RegressedFixations,
+    Scanpath,
+    ScanpathSet,
+    fit_fixation_regressor,
+    metrics,
+    read_scanpaths,
+    spectral_residual,
+)
+from saccade.gaze.metrics import baselines
 from tests.helpers import assert_close
 
 
@@ -54,6 +65,32 @@ def test_it_looks_where_people_looked():
     lengths = np.bincount(drawn.lengths, minlength=4)[1:4] / len(drawn)
     assert np.allclose(lengths, 1 / 3, atol=0.12)
     assert 0.2 < np.median(drawn.duration) < 0.3
+
+
+@pytest.mark.filterwarnings("ignore:.*longer than mean:saccade.gaze.validation.ScanpathWarning")
+def test_on_the_photographs_of_osie(data_root):
+    """Saliency finds where people looked; the regressor learns what holds on a picture that it has not seen."""
+    folder = data_root / "gaze" / "osie"
+    pictures = {file.name: Image.open(file).convert("RGB") for file in sorted((folder / "stimuli").glob("*.jpg"))}
+    people = read_scanpaths(folder / "osie_fixations.json", off_image="clip").filter(image=list(pictures))
+    assert (len(pictures), len(people)) == (4, 60)
+    for name, picture in pictures.items():
+        seen = people.filter(image=name)
+        assert picture.size == (seen.width[0], seen.height[0])
+        saliency = spectral_residual(np.asarray(picture))
+        assert metrics.auc(saliency[None], np.stack([seen.x, seen.y], -1)[None])[0] > 0.55
+    last = list(pictures)[-1]
+    train = people.filter(lambda path: path.image != last)
+    model, losses = fit_fixation_regressor(pictures, train, epochs=10)
+    assert losses[-1] < 0.5 * losses[0]
+    drawn = [replace(path, task="freeview") for path in model.sample([pictures[last]], 15, names=[last])]
+    human = people.filter(image=last)
+    random = baselines.uniform_paths(human, seed=0)
+    scores = [
+        metrics.compare_paths(paths, human, metrics=["scanmatch"], chance=False)
+        for paths in (ScanpathSet.from_paths(drawn), random)
+    ]
+    assert scores[0].scores[0].mean > scores[1].scores[0].mean
 
 
 def test_samples_are_valid_and_repeatable():

@@ -3,7 +3,6 @@
 import json
 import pickle
 import warnings
-from pathlib import Path
 
 import h5py
 import numpy as np
@@ -24,7 +23,6 @@ from saccade.gaze.formats import (
 )
 from saccade.gaze.validation import ScanpathWarning
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "gaze"
 BOXES = np.array([[0.0, 0, 400, 300], [400, 0, 800, 300], [0, 300, 400, 600]])
 BOXES.flags.writeable = False
 
@@ -388,20 +386,20 @@ def test_pymovements_events():
     assert table["offset"][0] == table["onset"][1]
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared recordings are not here")
-def test_shared_recordings():
+def test_shared_recordings(data_root):
+    shared = data_root / "gaze"
     with pytest.warns(ScanpathWarning, match="long"):
-        osie = read_scanpaths(SHARED / "osie" / "osie_fixations.json")
+        osie = read_scanpaths(shared / "osie" / "osie_fixations.json")
     assert repr(osie) == "ScanpathSet(900 paths, 8349 fixations, 60 images, 15 subjects)"
     with pytest.warns(ScanpathWarning, match="long"):
-        amazon = read_scanpaths(SHARED / "amazon_books" / "amazon_search.json")
+        amazon = read_scanpaths(shared / "amazon_books" / "amazon_search.json")
     assert (len(amazon), len(amazon.x)) == (480, 7064)
-    derived = json.loads((SHARED / "amazon_books" / "amazon_grid_objects_derived.json").read_text())
+    derived = json.loads((shared / "amazon_books" / "amazon_grid_objects_derived.json").read_text())
     for path in amazon:
         assert path.objects.tolist() == derived[path.image]["objects"][path.subject]
         assert path.target_object == derived[path.image]["target_object"]
-    for file in sorted((SHARED / "studyforrest").iterdir())[:5]:
+    for file in sorted((shared / "studyforrest").iterdir())[:5]:
         assert len(read_scanpaths(file, size=(1280, 720))) == 1
     with pytest.warns(ScanpathWarning, match="1 subjects stand in several splits"):
-        search = read_scanpaths(SHARED / "format_samples" / "coco_search18_sample_SYNTHETIC.json", size=(1680, 1050))
+        search = read_scanpaths(shared / "format_samples" / "coco_search18_sample_SYNTHETIC.json", size=(1680, 1050))
     assert search.lengths.tolist() == [4, 2, 5, 2]

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from saccade.apps.cli import main
 from saccade.gaze import ScanpathSet, read_scanpaths, write_scanpaths
 from tests.gaze.test_evaluate import HUMAN, viewers, with_objects
 from tests.helpers import run_cli
@@ -69,9 +70,26 @@ def test_label_maps(folder):
     assert (done.returncode, "of float64; a label map is (H, W) whole numbers" in done.stderr) == (2, True)
 
 
+def test_densities(folder, capsys):
+    (folder / "densities").mkdir(exist_ok=True)
+    for image in range(6):
+        np.save(folder / "densities" / f"{image}.npy", np.full((30, 40), 1 / 1200))
+    options = ["--densities", str(folder / "densities"), "--metrics", "sed", "-q"]
+    assert main(["gaze", "metrics", str(folder / "human.csv"), *options]) == 0
+    table = capsys.readouterr().out.split("\n\n")[1].splitlines()
+    assert table[0].split() == ["DENSITY", "SCORE", "95%", "N", "BASELINE"]
+    rows = {line.split()[0]: line.split()[1:] for line in table[1:]}
+    fixations = sum(len(path) - 1 for path in HUMAN)
+    assert rows["auc"][:3] == ["0.5", "0.5..0.5", str(fixations)]
+    assert float(rows["auc"][3]) > 0.5  # where people looked on other images
+    assert main(["gaze", "metrics", str(folder / "human.csv"), *options, "--json"]) == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)["densities"]] == list(rows)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
+        (["metrics", "human.csv", "--baseline", "human.csv"], 2, "--baseline is of --densities"),
         (["metrics"], 2, "Give --pred and --truth, or one file"),
         (["metrics", "human.csv", "--pred", "predicted.csv", "--truth", "human.csv"], 2, "Give --pred and --truth"),
         (["metrics", "--pred", "predicted.csv"], 2, "Give --pred and --truth"),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from saccade.errors import ConfigError, DataError
+from saccade.gaze import Scanpath, ScanpathSet
 from saccade.gaze import metrics as gm
 
 RNG = np.random.default_rng(0)
@@ -104,3 +105,75 @@ def test_density_of_fixations():
     assert density[2, 3] > 0.9
     with pytest.raises(DataError, match="None of 1 fixations lies inside 8 x 6"):
         gm.fixation_density([[9, 9]], size=(8, 6), sigma=1)
+
+
+def looking(images=4, subjects=2):
+    """Return paths on images of 80 x 60 px, each image with a favourite place."""
+    rng = np.random.default_rng(1)
+    paths = []
+    for image in range(images):
+        place = rng.uniform([10, 10], [70, 50])
+        for subject in range(subjects):
+            x, y = (place + rng.normal(0, 3, (5, 2))).clip(0, [79, 59]).T
+            paths.append(Scanpath(f"{image}.jpg", x, y, subject=str(subject), width=80, height=60))
+    return ScanpathSet.from_paths(paths)
+
+
+def test_densities_are_scored_at_the_fixations_that_come_next():
+    people = looking()
+
+    def exact(path):
+        """A map of half the size for every fixation, that one alone known beforehand."""
+        maps = np.full((5, 30, 40), 0.5 / 1200)
+        maps[np.arange(5), (path.y / 2).astype(int), (path.x / 2).astype(int)] += 0.5
+        return maps
+
+    gain, peak, _, area, trapezoid = gm.density_table(people, exact)
+    assert (gain.name, gain.n, gain.baseline) == ("information_gain", 8 * 4, 0)
+    base = {
+        image: gm.fixation_density(
+            np.concatenate([np.stack([p.x, p.y], -1)[1:] / 2 for p in people if p.image != image]),
+            size=(40, 30),
+            sigma=40 * 24 / 512,
+        )
+        for image in set(people.image)
+    }
+    expected = [
+        np.log2(0.5 + 0.5 / 1200) - np.log2(base[p.image][int(y / 2), int(x / 2)] + 2.2204e-16)
+        for p in people
+        for x, y in zip(p.x[1:], p.y[1:], strict=True)
+    ]
+    assert gain.mean == pytest.approx(np.mean(expected), rel=1e-9)
+    assert gain.low <= gain.mean <= gain.high
+    assert peak.mean > 30 > peak.baseline
+    assert trapezoid.mean == 1
+    without_first = gm.density_table(people, lambda path: exact(path)[1:])
+    assert without_first[0] == gain
+    flat = gm.density_table(people, lambda path: np.full((30, 40), 1 / 1200), baseline=looking(2))
+    assert (flat[1].mean, flat[3].mean) == (0, 0.5)
+    assert flat[0].baseline == 0 != flat[0].mean
+    assert area.baseline < area.mean
+
+
+def test_densities_that_do_not_fit(tmp_path):
+    people = looking()
+    with pytest.raises(DataError, match=r"5 fixations takes densities \(H, W\), \(4, H, W\) or \(5, H, W\), got \(3, "):
+        gm.density_table(people, lambda path: np.full((3, 30, 40), 1 / 1200))
+    with pytest.raises(ConfigError, match="No path of two fixations has densities"):
+        gm.density_table(people, lambda path: None)
+    with pytest.raises(ConfigError, match="a second fixation on another image is needed"):
+        gm.density_table(people.filter(image="0.jpg"), lambda path: np.full((30, 40), 1 / 1200))
+    off = ScanpathSet.from_paths([Scanpath("a", [1, 80], [1, 5], width=80, height=60)])
+    with pytest.raises(DataError, match=r"record 0, x, y: outside the image, where a density"):
+        gm.density_table(off, lambda path: np.full((30, 40), 1 / 1200))
+    with pytest.raises(ConfigError, match=r"has no \.npy file"):
+        gm.DensityFiles(tmp_path)
+    for name, value in (("0", 1), ("0.1", 2), ("0.mug", 3), ("0.mug.1", 4)):
+        np.save(tmp_path / f"{name}.npy", np.full((2, 2), value))
+    files = gm.DensityFiles(tmp_path)
+    found = [
+        files(Scanpath("a/0.jpg", [1], [1], subject=subject, task=task))[0, 0]
+        for subject, task in (("0", None), ("1", None), ("0", "mug"), ("1", "mug"))
+    ]
+    assert found == [1, 2, 3, 4]
+    assert files(Scanpath("1.jpg", [1], [1])) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from saccade.gaze.metrics.clusters import Clusters, estimate_bandwidth, fit_clusters, mean_shift
 from saccade.gaze.metrics.cross_recurrence import recurrence
+from saccade.gaze.metrics.density_table import DensityFiles, DensityScore, density_table
 from saccade.gaze.metrics.distances import (
     dtw,
     eyenalysis,
@@ -53,6 +54,8 @@ __all__ = [
     "METRICS",
     "Clusters",
     "Comparison",
+    "DensityFiles",
+    "DensityScore",
     "Grouping",
     "Metric",
     "Score",
@@ -65,6 +68,7 @@ __all__ = [
     "compare_paths",
     "compare_viewers",
     "correlation",
+    "density_table",
     "dtw",
     "estimate_bandwidth",
     "eyenalysis",
