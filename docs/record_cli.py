@@ -116,6 +116,8 @@ SCREENS = {
         [
             "saccade vlm generate -m local-dir:llava --jsonl questions.jsonl --image-folder mixed/ -o answers.jsonl "
             "--intervention vhr --max-new-tokens 8",
+            "saccade vlm attend -m local-dir:llava --image mixed/33.png --prompt 'Describe the image.' -o looks/ "
+            "--intervention vhr --max-new-tokens 8",
             "saccade vlm calibrate -m local-dir:llava --jsonl questions.jsonl --image-folder mixed/ --limit 1",
             "saccade vlm questions pope --data pope/ --build instances.json --num-images 50 -o pope.jsonl",
             "saccade vlm evaluate pope --data pope/ --answers greedy.jsonl var.jsonl -o scores.json",

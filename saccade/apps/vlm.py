@@ -11,12 +11,15 @@ EXAMPLES = {
     "vlm": [
         "saccade vlm generate -m local-dir:llava/ --image cat.jpg --prompt 'Describe the image.' --compare none,var",
         "saccade vlm generate -m local-dir:llava/ --jsonl questions.jsonl -o answers.jsonl --intervention vhr",
+        "saccade vlm attend -m local-dir:llava/ --image cat.jpg --prompt 'Describe the image.' -o looks/ "
+        "--intervention var",
     ]
 }
 
 # name, one line, module of saccade.apps with add_arguments(parser) and run(args) -> int
 SUBCOMMANDS = (
     ("generate", "answers to questions about pictures", "vlm_generate"),
+    ("attend", "pictures of where the words of answers looked", "vlm_attend"),
     ("questions", "the question file of a benchmark", "vlm_questions"),
     ("evaluate", "scores of answers: POPE, CHAIR, MOSSBench", "vlm_evaluate"),
     ("calibrate", "sink channels and layers of a model that no paper lists", "vlm_calibrate"),

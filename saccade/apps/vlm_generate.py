@@ -38,6 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_vlm_model_options(parser)
     add_intervention_options(parser)
     add_generation_options(parser)
+    group = parser.add_argument_group("several devices or nodes, through Lightning")
+    group.add_argument("--devices", metavar="N", help="processes in each node; -b and -j count for each")
+    group.add_argument("--num-nodes", type=int, default=1, metavar="N", help="default: 1")
+    group.add_argument("--strategy", default="auto", metavar="NAME", help="Lightning's, e.g. ddp (default: auto)")
     add_batch_options(parser)
     parser.set_defaults(batch_size=8)
 
@@ -56,18 +60,26 @@ def run_many(args: argparse.Namespace) -> int:
     from saccade.vlm import generate_answers, read_questions
 
     no_loading_bars()
-    summary = generate_answers(
-        read_questions(args.jsonl, image_folder=args.image_folder),
-        model=args.model,
-        out=args.out,
-        intervention=args.intervention,
-        settings=settings_of(args.set),
-        preset=args.preset,
-        generation=generation_options(args),
-        trust_remote_code=args.trust_remote_code,
-        options=batch_options(args),
-    )
-    return finish_run(summary, as_json=args.json)
+    questions = read_questions(args.jsonl, image_folder=args.image_folder)
+    plan = {
+        "model": args.model,
+        "out": args.out,
+        "intervention": args.intervention,
+        "settings": settings_of(args.set),
+        "preset": args.preset,
+        "generation": generation_options(args),
+        "trust_remote_code": args.trust_remote_code,
+        "options": batch_options(args),
+    }
+    if args.devices is None:
+        return finish_run(generate_answers(questions, **plan), as_json=args.json)
+    from saccade.apps.quiet import training_screen
+    from saccade.vlm.predictor import predict_answers
+
+    shared = {"devices": args.devices, "num_nodes": args.num_nodes, "strategy": args.strategy}
+    with training_screen(args):
+        summary = predict_answers(questions, **plan, **shared)
+    return 0 if summary is None else finish_run(summary, as_json=args.json)  # the first process has counted
 
 
 def run_one(args: argparse.Namespace) -> int:

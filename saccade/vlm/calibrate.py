@@ -17,7 +17,7 @@ from torch import Tensor
 from saccade.errors import ConfigError
 from saccade.vlm.call import AttentionCall, TokenTable
 from saccade.vlm.content_words import question_mask
-from saccade.vlm.edits import ClassEdit
+from saccade.vlm.edits import ReadingEdit
 from saccade.vlm.engine import Engine
 from saccade.vlm.interventions.gift_saliency import SaliencyReader
 from saccade.vlm.model_facts import ModelFacts, read_facts
@@ -27,24 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["GIFTLayers", "find_sink_channels", "select_gift_layers"]
-
-
-class ReadingEdit(ClassEdit):
-    """Reads every layer and changes nothing."""
-
-    num_classes = 1
-
-    def __init__(self, name: str, facts: ModelFacts) -> None:
-        super().__init__(name, facts, frozenset())
-
-    @property
-    def observed_layers(self) -> frozenset[int]:
-        """All layers."""
-        return frozenset(range(self.facts.num_layers))
-
-    def first_row(self, prompt: Prompt) -> list[int]:
-        """Change no row."""
-        return [prompt.length] * prompt.batch
 
 
 class ChannelReader(ReadingEdit):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from saccade.vlm.prompt import Prompt
 if TYPE_CHECKING:
     from saccade.vlm.model_facts import ModelFacts
 
-__all__ = ["ClassEdit", "Edit", "HeadEdit", "LogitEdit", "edited_attention", "recombine"]
+__all__ = ["ClassEdit", "Edit", "HeadEdit", "LogitEdit", "ReadingEdit", "edited_attention", "edited_gains", "recombine"]
 
 
 class Edit:
@@ -59,6 +59,11 @@ class Edit:
         """Start with a new prompt; all earlier state ends."""
         self.stats = {}
 
+    @property
+    def watched_layers(self) -> frozenset[int]:
+        """Layers whose calls :meth:`watch` gets."""
+        return frozenset()
+
     def first_row(self, prompt: Prompt) -> list[int]:
         """Return for each sample the position of the first row that may be changed."""
         raise NotImplementedError
@@ -80,6 +85,9 @@ class Edit:
 
     def observe(self, call: AttentionCall) -> None:
         """Read a call of one of :attr:`observed_layers` before it is changed."""
+
+    def watch(self, call: AttentionCall, acting: Sequence[Edit]) -> None:
+        """Read a call of one of :attr:`watched_layers` after the edits that act on the layer have changed it."""
 
     def observe_text_only(self, layer: int, out: Tensor) -> None:
         """Read the head outputs ``(B, H, Dv)`` of the last row of the prompt without its visual tokens."""
@@ -137,6 +145,24 @@ class HeadEdit(Edit):
     def head_scale(self, layer: int) -> Tensor:
         """Return the factors, ``(B, H)``."""
         raise NotImplementedError
+
+
+class ReadingEdit(ClassEdit):
+    """Reads layers, all of them unless a subclass says otherwise, and changes none."""
+
+    num_classes = 1
+
+    def __init__(self, name: str, facts: ModelFacts) -> None:
+        super().__init__(name, facts, frozenset())
+
+    @property
+    def observed_layers(self) -> frozenset[int]:
+        """All layers."""
+        return frozenset(range(self.facts.num_layers))
+
+    def first_row(self, prompt: Prompt) -> list[int]:
+        """Change no row."""
+        return [prompt.length] * prompt.batch
 
 
 def recombine(out: Tensor, mass: Tensor, gain: Tensor, *, normalise: bool) -> Tensor:
@@ -234,6 +260,40 @@ def neutral(edit: ClassEdit, gain: Tensor) -> Tensor:
 
 def composed_attention(call: AttentionCall, edits: Sequence[ClassEdit], active: Sequence[Tensor]) -> Tensor:
     """Apply several edits one after the other, on the intersections of their classes."""
+    found = edited_gains(call, edits, active)
+    return recombine(found.out, found.mass, found.gain, normalise=False)
+
+
+class EditedGains(NamedTuple):
+    """What edits of classes do to the weights of some rows: ``a'_j = (g_c + g_c' e^(w_j)) a_j`` for a key of class c.
+
+    The parts are the C intersections of the classes of all edits, then weighted copies of some of them.
+
+    Args:
+        labels: Part of each key, ``(B, S)`` or ``(B, H, S)``, -1 = in none.
+        out: ``O_c``, ``(B, H, parts, R, Dv)``.
+        mass: ``m_c``, ``(B, H, parts, R)``.
+        gain: ``g_c``, ``(B, H, parts, R)``, normalisation included.
+        copies: Which intersections the weighted copies belong to.
+        log_weight: ``w``, ``(B, S)``; ``None`` if there are no copies.
+    """
+
+    labels: Tensor
+    out: Tensor
+    mass: Tensor
+    gain: Tensor
+    copies: list[int]
+    log_weight: Tensor | None
+
+
+def edited_gains(call: AttentionCall, edits: Sequence[ClassEdit], active: Sequence[Tensor]) -> EditedGains:
+    """Return outputs and masses by intersection of the edits' classes, and the factors that the edits give them.
+
+    Args:
+        call: The rows.
+        edits: At least one, in order.
+        active: For each, which rows it changes, as in :func:`edited_attention`.
+    """
     labels, own = joint_classes([edit.key_class(call) for edit in edits], [edit.num_classes for edit in edits])
     total = len(own)
     weighting = next((index for index, edit in enumerate(edits) if edit.weighted_class is not None), None)
@@ -264,7 +324,7 @@ def composed_attention(call: AttentionCall, edits: Sequence[ClassEdit], active: 
         if edit.normalise:
             after = (gain * mass * counted).sum(2, keepdim=True)
             gain = gain / torch.where(after > 0, after, 1.0)
-    return recombine(out, mass, gain, normalise=False)
+    return EditedGains(labels, out, mass, gain, copies, log_weight)
 
 
 def joint_classes(labels: Sequence[Tensor], counts: Sequence[int]) -> tuple[Tensor, list[tuple[int, ...]]]:

@@ -118,7 +118,7 @@ class Engine:
         if len(weighted) > 1:
             raise ConfigError(f"Only one intervention can weigh single tokens; got {' and '.join(weighted)}.")
         self.by_layer = {
-            layer: [edit for edit in self.edits if layer in edit.layers or layer in edit.observed_layers]
+            layer: [edit for edit in self.edits if layer in edit.layers | edit.observed_layers | edit.watched_layers]
             for layer in range(self.facts.num_layers)
         }
         self.compiles = all(edit.compiles for edit in self.edits)
@@ -381,9 +381,13 @@ class Engine:
         acting = [edit for edit in edits if layer in edit.layers]
         for edit in acting:
             self.fired[edit].add(layer)
-        return apply_edits(
+        out = apply_edits(
             call, acting, self.prompt, self.checked_masks, lambda: plain(module, query, key, value, mask, options)
         )
+        for edit in edits:
+            if layer in edit.watched_layers:
+                edit.watch(call, acting)
+        return out
 
 
 def cache_length(kwargs: dict[str, Any]) -> int | Tensor:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from saccade.vlm.answer_maps import edited_weights
 from saccade.vlm.call import AttentionCall, TokenTable
 from saccade.vlm.edits import ClassEdit, LogitEdit, edited_attention, recombine
 from tests.helpers import assert_close, randn
@@ -56,13 +57,17 @@ def a_call():
 
 
 def literal(call, edits, factor=1.0):
-    key, value = (t.repeat_interleave(2, 1) for t in (call.key, call.value))
+    return literal_weights(call, edits, factor) @ call.value.repeat_interleave(2, 1)
+
+
+def literal_weights(call, edits, factor=1.0):
+    key = call.key.repeat_interleave(2, 1)
     scores = call.scale * call.query @ key.transpose(2, 3) * factor
     visible = torch.arange(KEYS) <= torch.arange(KEYS - QUERIES, KEYS)[:, None]
     weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
     for edit in edits:
         weights = edit.on_weights(weights)
-    return weights @ value
+    return weights
 
 
 def labels(classes, seed, heads=None):
@@ -110,6 +115,17 @@ def test_scores_before_weights():
     got = edited_attention(a_call(), [Stretch(factor)], [], [rows])
     expected = torch.where(rows[:, None, :, None], literal(a_call(), [], factor[:, :, None]), literal(a_call(), []))
     assert_close(got, expected)
+
+
+def test_weights_of_one_row_without_the_others():
+    call, factor, columns = a_call(), 1 + randn(2, 1, KEYS, seed=6).abs(), torch.tensor([[1, 4, 9], [0, 2, 10]])
+    picked = columns[:, None, None].expand(-1, 4, QUERIES, -1)
+    for names in [[], *CHOICES]:
+        edits = [EDITS[name] for name in names]
+        expected = literal_weights(call, edits, factor[:, :, None]).gather(3, picked)
+        for row in range(QUERIES):
+            got = edited_weights(call.rows(row, row + 1), [Stretch(factor), *edits], None, columns)
+            assert_close(got, expected[:, :, row : row + 1])
 
 
 def test_a_row_without_weight_stays_zero():
