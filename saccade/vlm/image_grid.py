@@ -37,7 +37,8 @@ class ImageGrid:
 
     def cells(self, values: Tensor) -> Tensor:
         """Return the part ``(..., rows, columns)`` of values of all visual tokens ``(..., V)``."""
-        return values[..., self.first : self.first + self.count].unflatten(-1, (self.rows, self.columns))
+        part = values[..., self.first : self.first + self.count]
+        return part.reshape(*values.shape[:-1], self.rows, self.columns)
 
     def check(self, visual: int) -> None:
         """Raise unless a picture with so many visual tokens has this grid.

@@ -101,7 +101,7 @@ class Pictures(Dataset[Asked | None]):
     """
 
     def __init__(self, questions: Sequence[Question]) -> None:
-        self.questions = list(questions) or [None]
+        self.questions: list[Question | None] = [*questions] or [None]
 
     def __len__(self) -> int:
         return len(self.questions)
