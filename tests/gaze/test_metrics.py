@@ -340,6 +340,24 @@ def test_long_paths():
     assert gm.dtw(path, other)[0] <= 500 * math.hypot(WIDTH, HEIGHT)
 
 
+def test_a_million_fixations_in_pairs():
+    """Nothing grows with the number of pairs but time, and every pair has its value."""
+    count, rng = 50_000, np.random.default_rng(0)
+    first, second = (
+        ScanpathSet.from_columns(
+            np.full(count, 10), rng.uniform(0, 799, 10 * count), rng.uniform(0, 599, 10 * count),
+            objects=rng.integers(0, 9, 10 * count), image=np.arange(count), width=WIDTH, height=HEIGHT,
+        )
+        for _ in range(2)
+    )  # fmt: skip
+    some = np.array([0, 1, count // 2, count - 1])
+    for function in (gm.scanmatch, gm.dtw, gm.string_edit_distance, gm.object_sequence_score):
+        values = function(first, second)
+        assert values.shape == (count,)
+        assert np.isfinite(values).all()
+        np.testing.assert_allclose(values[some], function(first.take(some), second.take(some)), rtol=1e-12)
+
+
 def test_a_million_fixations_in_one_path():
     """What needs a row of the table runs against a short path; what needs a table of all with all says so."""
     count = 10**6

@@ -45,14 +45,14 @@ def folder(tmp_path_factory) -> Path:
     return place
 
 
-def save_model(path: Path, **options: object) -> None:
+def save_model(path: Path, *, encoder: str = "means", **options: object) -> None:
     """Write what ``saccade fit`` leaves of a model."""
     shape = {"width": 48, "position_rows": 8, "readout_scale": 1.0, **options}
     model = small_oat(**shape)
     names = {"heads": 2, "hidden": 16, "encoder_layers": 1, "decoder_layers": 2, **shape}
     features = {"kind": shape.get("seen", "nothing"), "crop_size": 24}
     if "feature_dim" in shape:
-        features["encoder"] = "means"
+        features["encoder"] = encoder
     facts = {"task": "gaze", "options": names, "viewers": ["1", "2"], "max_length": 6, "features": features}
     state = {f"model.{key}": value for key, value in model.state_dict().items()}
     torch.save({"saccade": facts, "state_dict": state}, path)
@@ -312,3 +312,29 @@ def test_detector_finds_boxes_inside_the_image(tmp_path):
     assert (found[:, 2] <= image.width).all()
     with pytest.raises(DataError, match="finds no object"):
         boxes_by_detector(tmp_path / "detector.pth", threshold=1.0)("a.png", image)
+
+
+@pytest.mark.slow
+def test_command_with_words_and_a_detector(folder, tmp_path):
+    """The whole way: detected boxes, CLIP features of their crops, a target described in words."""
+    import open_clip
+    from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
+
+    torch.manual_seed(0)
+    clip, name = open_clip.create_model("ViT-S-32-alt").eval(), "open_clip:ViT-S-32-alt"
+    torch.save(clip.state_dict(), tmp_path / "clip.pt")
+    detector = fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None)
+    torch.save(detector.state_dict(), tmp_path / "detector.pth")
+    width = clip.encode_text(open_clip.get_tokenizer("ViT-S-32-alt")(["a"])).shape[-1]
+    save_model(tmp_path / "model.ckpt", encoder=name, seen="features", feature_dim=width, position_rows=64, width=384)
+    found = {}
+    for text in ("mug", "a red circle"):
+        out = tmp_path / f"{text}.h5"
+        objects = ["--detector-weights", tmp_path / "detector.pth", "--detector-threshold", "0"]
+        words = ["--task-text", text, "--encoder", name, "--encoder-weights", tmp_path / "clip.pt"]
+        options = [*objects, *words, "-m", tmp_path / "model.ckpt", "--sampling", "greedy", "-o", out]
+        assert main(["gaze", "predict", *map(str, [folder / "scenes" / "scene-0000.png", *options])]) == 0
+        (path,) = read_scanpaths(out)
+        assert (path.task, path.target_object) == (text, None)
+        found[text] = path.meta["log_prob"]
+    assert found["mug"] != found["a red circle"]

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from saccade.errors import ConfigError, DataError
 from saccade.gaze import Scanpath, ScanpathSet, assign_objects, notices
 
-SAMPLES = Path(__file__).resolve().parents[3] / "shared" / "data" / "gaze" / "format_samples"
+SAMPLES = "gaze/format_samples/invalid_records_SYNTHETIC.json"
 
 
 def record(**changes):
@@ -198,10 +197,9 @@ def test_objects_of_fixations():
     assert assign_objects(x, y, boxes, tolerance=20).tolist() == [1, 0, 2, -1, -1]
 
 
-@pytest.mark.skipif(not SAMPLES.is_dir(), reason="the shared samples are not here")
-def test_invalid_samples():
+def test_invalid_samples(data_root):
     """The collected bad records are refused, or reported, as their notes say."""
-    for case in json.loads((SAMPLES / "invalid_records_SYNTHETIC.json").read_text()):
+    for case in json.loads((data_root / SAMPLES).read_text()):
         records = []
         for row in case.get("records", [case.get("record")]):
             fields = {**row, "duration": row.get("duration_ms"), "boxes": row.get("boxes_xyxy")}
