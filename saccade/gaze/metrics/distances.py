@@ -35,15 +35,7 @@ def dtw(predicted: Paths, human: Paths) -> Floats:
 def frechet(predicted: Paths, human: Paths) -> Floats:
     """Discrete Frechet distance: the least largest distance over monotone alignments (Eiter and Mannila 1994).
 
-    Args:
-        predicted: P paths.
-        human: P paths, each compared with the one of the same number.
-
-    Returns:
-        ``(P,)`` px. Symmetric.
-
-    Raises:
-        ConfigError: If the sets differ in size.
+    Arguments, result and errors as of :func:`dtw`.
     """
     return warped(predicted, human, largest=True)
 
@@ -70,15 +62,7 @@ def nearest(chunk: Chunk) -> tuple[Floats, Floats]:
 def hausdorff(predicted: Paths, human: Paths) -> Floats:
     """Hausdorff distance of the two sets of points: the farthest that a point is from the other path, either way.
 
-    Args:
-        predicted: P paths.
-        human: P paths, each compared with the one of the same number.
-
-    Returns:
-        ``(P,)`` px. Symmetric.
-
-    Raises:
-        ConfigError: If the sets differ in size.
+    Arguments, result and errors as of :func:`dtw`.
     """
     first, second = as_pairs(predicted, human)
     result = np.empty(len(first))
@@ -91,15 +75,7 @@ def hausdorff(predicted: Paths, human: Paths) -> Floats:
 def eyenalysis(predicted: Paths, human: Paths) -> Floats:
     """Eyenalysis (Mathot et al. 2012): nearest distances both ways, summed, over the length of the longer path.
 
-    Args:
-        predicted: P paths.
-        human: P paths, each compared with the one of the same number.
-
-    Returns:
-        ``(P,)`` px. Symmetric.
-
-    Raises:
-        ConfigError: If the sets differ in size.
+    Arguments, result and errors as of :func:`dtw`.
     """
     first, second = as_pairs(predicted, human)
     result = np.empty(len(first))

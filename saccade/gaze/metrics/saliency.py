@@ -147,17 +147,11 @@ def nss(maps: ArrayLike, fixations: ArrayLike, *, unbiased: bool = False) -> Flo
 def auc(maps: ArrayLike, fixations: ArrayLike, *, exclude_fixated: bool = False) -> Floats:
     """Area under the curve against all pixels: mean share of pixels below a fixation's value, half of equal ones.
 
-    Args:
-        maps: ``(B, H, W)``.
-        fixations: ``(B, F, 2)`` x, y in px of the map, NaN padded; cut to whole numbers.
-        exclude_fixated: Compare with the pixels that no fixation is on, rather than with all.
+    Maps, fixations and errors as of :func:`nss`. ``exclude_fixated`` compares with the pixels that no fixation is on,
+    rather than with all.
 
     Returns:
         ``(B,)``, 0.5 for a constant map.
-
-    Raises:
-        ConfigError: If the shapes do not fit.
-        DataError: If a fixation lies outside or a map is not finite.
     """
     grids, where, at = values_at(maps, fixations)
     result = np.empty(len(grids))
@@ -184,17 +178,11 @@ def rank_area(positives: Floats, negatives: Floats) -> float:
 def auc_shuffled(maps: ArrayLike, fixations: ArrayLike, others: ArrayLike) -> Floats:
     """Shuffled AUC (Zhang et al. 2008): against the values at fixations of other images, which takes out centre bias.
 
-    Args:
-        maps: ``(B, H, W)``.
-        fixations: ``(B, F, 2)`` x, y in px of the map, NaN padded; cut to whole numbers.
-        others: ``(B, G, 2)`` fixations of other images, in px of this map, NaN padded.
+    Maps, fixations and errors as of :func:`nss`; ``others`` are fixations of other images ``(B, G, 2)``, in px of this
+    map, NaN padded.
 
     Returns:
         ``(B,)``, 0.5 for a constant map.
-
-    Raises:
-        ConfigError: If the shapes do not fit.
-        DataError: If a fixation lies outside or a map is not finite.
     """
     grids, _, at = values_at(maps, fixations)
     _, _, elsewhere = values_at(grids, others)
@@ -209,16 +197,10 @@ def auc_trapezoid(maps: ArrayLike, fixations: ArrayLike) -> Floats:
     One positive, trapezoids through (0, 0), (f, 1), (1, 1): a random map scores 0.75 on average, a constant one 0.5.
     Not comparable with :func:`auc`.
 
-    Args:
-        maps: ``(B, H, W)``.
-        fixations: ``(B, F, 2)`` x, y in px of the map, NaN padded; cut to whole numbers.
+    Maps, fixations and errors as of :func:`nss`.
 
     Returns:
         ``(B,)``, the mean over fixations.
-
-    Raises:
-        ConfigError: If the shapes do not fit.
-        DataError: If a fixation lies outside or a map is not finite.
     """
     grids, _, at = values_at(maps, fixations)
     areas = np.full(at.shape, np.nan)

@@ -68,19 +68,8 @@ def semantic_sequence_score(
 ) -> Floats:
     """SemSS (Yang et al. 2022): as :func:`sequence_score` with what is seen as the label.
 
-    Args:
-        predicted: P paths.
-        human: P paths, each compared with the one of the same number.
-        maps: Label of every pixel by image name, ``(H, W)`` integers; read at ``(int(y), int(x))``, clipped to the map.
-        first: Compare only this many first fixations of both.
-        bin_s: Repeat each label ``floor(duration / bin_s)`` times, seconds; ``None`` counts each fixation once.
-
-    Returns:
-        ``(P,)`` between 0 and 1; NaN where no fixation lasts a bin. Symmetric.
-
-    Raises:
-        ConfigError: If the sets differ in size, or ``first`` or ``bin_s`` is not above 0.
-        DataError: If an image has no map, or a duration that is needed is not known.
+    Arguments, result and errors as there, with ``maps`` in place of regions: the label of every pixel by image name,
+    ``(H, W)`` integers, read at ``(int(y), int(x))``, clipped to the map. An image without a map raises DataError.
     """
     return score(*labelled(predicted, human, lambda paths: semantic_labels(paths, maps), first, bin_s))
 
@@ -99,17 +88,7 @@ def semantic_edit_distance(
 def object_sequence_score(predicted: Paths, human: Paths, *, first: int | None = None) -> Floats:
     """As :func:`sequence_score` with the index of the fixated object as the label (OAT, Fang et al. 2024).
 
-    Args:
-        predicted: P paths with objects.
-        human: P paths with objects.
-        first: Compare only this many first fixations of both.
-
-    Returns:
-        ``(P,)`` between 0 and 1. Symmetric.
-
-    Raises:
-        ConfigError: If the sets differ in size or ``first`` is not above 0.
-        DataError: If a path has no objects.
+    Arguments, result and errors as there; the paths have objects in place of regions, a path without raises DataError.
     """
     return score(*labelled(predicted, human, object_labels, first, None))
 
