@@ -174,14 +174,14 @@ class ScanpathPredictor(LightningModule):
     def sampled_scores(self, data: Any, stage: Literal["val", "test"]) -> dict[str, float]:  # noqa: ANN401 - any data
         """Compare a sampled path for each human path of a split's first trials with the viewers."""
         trials = data.samples(stage)[: self.path_trials]
-        longest = self.facts["max_length"]
-        scenes, _, viewers = collate_trials(trials, viewers=self.facts["viewers"])
+        facts = data.facts
+        scenes, _, viewers = collate_trials(trials, viewers=facts["viewers"])
         who = viewers.to(self.device) if self.model.num_viewers else None
         drawn = sample(
             self.model,
             scenes.to(self.device),
             viewers.shape[1],
-            max_length=longest,
+            max_length=facts["max_length"],
             viewers=who,
             generator=torch.Generator().manual_seed(0),
         )
