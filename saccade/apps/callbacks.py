@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
 
 from saccade.batch.progress import Reporter, clock
 from saccade.batch.tables import write_json, write_table
@@ -49,6 +50,7 @@ class EpochTable(Callback):
         self.reporter = reporter
         self.monitor = monitor
         self.sign = 1 if mode == "max" else -1
+        self.logged: dict[str, Tensor] = {}
         self.shown = list(dict.fromkeys(("train/loss", "val/loss", monitor)))
         self.rows: list[dict[str, Any]] = []
         self.started = time.monotonic()
@@ -99,7 +101,10 @@ class EpochTable(Callback):
         """Add the row of this epoch."""
         self.reporter.stop()
         seconds = time.monotonic() - self.started
-        values = {name: value.item() for name, value in sorted(trainer.callback_metrics.items()) if "/" in name}
+        logged = {name: value for name, value in sorted(trainer.callback_metrics.items()) if "/" in name}
+        # Lightning keeps what an earlier epoch logged: the very same tensors
+        values = {name: value.item() for name, value in logged.items() if value is not self.logged.get(name)}
+        self.logged = logged
         row = {"epoch": trainer.current_epoch + 1, **values, "lr": self.rate, "seconds": round(seconds, 2)}
         before = self.best
         self.rows.append(row)

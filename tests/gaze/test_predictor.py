@@ -1,5 +1,6 @@
 """Training: data modules with honest splits, the LightningModule, checkpoints that know what prediction needs."""
 
+import csv
 import math
 import warnings
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 
+from saccade.apps.cli import main
 from saccade.datasets import ScanpathData
 from saccade.datasets.drawn_search import search_scenes
 from saccade.errors import CheckpointError, ConfigError
@@ -179,3 +181,14 @@ def test_training_on_features_of_an_encoder(tmp_path):
     batch = next(iter(data.val_dataloader()))
     first = kinds[batch["image"][0]][1]
     assert torch.equal(batch["scenes"].features[0, : len(first)], first)
+
+
+@pytest.mark.slow
+def test_the_table_of_a_run_has_sampled_figures_where_paths_were_sampled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--data.generated_scenes", "20", "--epochs", "3", "--model.paths_every", "2", "--name", "a", "-q"]
+    assert main(["fit", "-c", "gaze/oat", *options]) == 0
+    (table,) = tmp_path.glob("runs/a/2*/metrics.csv")
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert [bool(row["val/scanmatch"]) for row in rows] == [False, True, False]
+    assert all(row["val/bits"] for row in rows)
