@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             "-o", "--out", required=True, metavar="FILE", help="table: .csv, .tsv, .jsonl, .json or .parquet"
         )
-        parser.add_argument("--topk", type=int, default=5, metavar="K", help="classes per row (default: 5)")
+        parser.add_argument("--topk", type=int, default=5, metavar="K", help="classes per row of images (default: 5)")
         parser.add_argument("--overwrite", action="store_true", help="replace the table if it exists")
     else:
         parser.add_argument("-o", "--out", metavar="FOLDER", help="for metrics.json and pictures; default: in the run")
@@ -128,14 +128,16 @@ def metric_lines(results: dict[str, Any]) -> list[str]:
 
 def predict(args: argparse.Namespace, cli: SaccadeCLI, checkpoint: Path, reporter: Reporter) -> int:
     """Write one row per item, whatever the number of processes."""
-    from saccade.apps.predictions import PredictionTable
+    from saccade.apps.predictions import PredictionTable, bag_row, image_row
     from saccade.checkpoints import file_digest
+    from saccade.mil import SlideClassifier
 
     names = getattr(cli.model, "class_names", None)
     if names is None:
         raise ConfigError(f"{type(cli.model).__name__} has no class names; `saccade predict` writes tables of classes.")
     settings = {"model": f"file:{file_digest(checkpoint)}", "topk": args.topk, "preprocess": cli.model.data_config}
-    table = PredictionTable(Path(args.out), names, args.topk, settings)
+    row = bag_row(cli.model) if isinstance(cli.model, SlideClassifier) else image_row(names, args.topk)
+    table = PredictionTable(Path(args.out), row, settings)
     trainer = prepare(args, cli, checkpoint, reporter, Path(args.out).parent, [table])
     trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
     if table.summary is None:  # another process unites the parts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -11,9 +11,28 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from saccade.batch import BatchOptions, Item, Run, RunSummary
 from saccade.errors import DataError
+from saccade.mil.classifier import SlideClassifier
 from saccade.vision_backbones.ranking import top_classes
 
-__all__ = ["PredictionTable"]
+__all__ = ["PredictionTable", "bag_row", "image_row"]
+
+RowOf = Callable[[Mapping[str, Any], int], dict[str, Any]]
+
+
+def image_row(class_names: Sequence[str], topk: int) -> RowOf:
+    """Return the function that gives the most probable classes of an image."""
+    return lambda outputs, index: top_classes(outputs["logits"][index].cpu(), class_names, topk)
+
+
+def bag_row(module: SlideClassifier) -> RowOf:
+    """Return the function that gives the prediction for a slide, as ``saccade slides predict`` writes it."""
+
+    def row(outputs: Mapping[str, Any], index: int) -> dict[str, Any]:
+        tiles = int(outputs["n_tiles"][index])
+        columns = module.tables.row(outputs["predicted"][index].float().cpu().numpy()) if tiles else {}
+        return {**columns, "n_tiles": tiles}
+
+    return row
 
 
 class PredictionTable(Callback):
@@ -23,15 +42,13 @@ class PredictionTable(Callback):
 
     Args:
         out: The table.
-        class_names: Names by class index.
-        topk: Classes per row.
+        row: Turns what ``predict_step`` returned and an index in it into the columns of an item.
         settings: What the rows depend on, for ``run.json``.
     """
 
-    def __init__(self, out: Path, class_names: Sequence[str], topk: int, settings: Mapping[str, Any]) -> None:
+    def __init__(self, out: Path, row: RowOf, settings: Mapping[str, Any]) -> None:
         self.out = out
-        self.class_names = class_names
-        self.topk = topk
+        self.row = row
         self.settings = settings
         self.stream: TextIO | None = None
         self.summary: RunSummary | None = None
@@ -62,11 +79,10 @@ class PredictionTable(Callback):
         """Append the rows of a batch."""
         if self.stream is None:
             raise RuntimeError("PredictionTable works within trainer.predict only.")
-        logits = outputs["logits"].cpu()
         for index, name in enumerate(outputs["id"]):
             entry = {"id": name, "error": outputs["error"][index], "reason": outputs["reason"][index]}
             if not entry["error"]:
-                entry["row"] = top_classes(logits[index], self.class_names, self.topk)
+                entry["row"] = self.row(outputs, index)
             self.stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -92,7 +108,7 @@ class PredictionTable(Callback):
                 if entry["error"]:
                     united.fail(item, DataError(entry["error"], reason=entry["reason"]))
                 else:
-                    united.done(item, row=entry["row"])
+                    united.done(item, row=entry["row"], reason=entry["reason"])
         for part in parts:
             part.unlink()
         return united.summary

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,11 @@ def add_training_actions(actions: Any) -> None:  # noqa: ANN401 - argparse's own
     train.add_argument("--label-column", default="label", metavar="COLUMN", help="default: label")
     train.add_argument("--task", choices=["classification", "regression", "survival"], default="classification")
     train.add_argument("--model", choices=MODELS, default="acmil_ga", metavar="NAME", help=f"{', '.join(MODELS)}")
-    train.add_argument("--split", metavar="CSV", help="a fold of `slides split`, or CLAM's splits_*.csv")
+    train.add_argument(
+        "--split",
+        metavar="CSV",
+        help="a fold of `slides split`, or CLAM's splits_*.csv; a folder of them: cross-validation over all folds",
+    )
     train.add_argument("--epochs", type=int, default=50, metavar="N", help="default: 50")
     train.add_argument("--lr", type=float, default=1e-4, metavar="X", help="default: 1e-4")
     train.add_argument("--patience", type=int, metavar="N", help="stop after N epochs without a better val/loss")
@@ -43,6 +48,7 @@ def add_training_actions(actions: Any) -> None:  # noqa: ANN401 - argparse's own
     train.add_argument("--aem", type=float, default=0.0, metavar="F", help="weight of attention entropy maximisation")
     train.add_argument("--name", metavar="NAME", help="folder below runs/ (default: the model's name)")
     train.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    train.add_argument("--overwrite", action="store_true", help="discard an earlier cross-validation of that name")
     train.add_argument("-q", "--quiet", action="store_true", help="no table of epochs")
 
     predict = actions.add_parser("predict", help="classify slides from their bags, and keep the attention")
@@ -81,17 +87,21 @@ def split(args: argparse.Namespace) -> int:
 
 
 def train(args: argparse.Namespace) -> int:
-    """Write a config, print it, and fit."""
-    import tempfile
+    """Train on one split, or cross-validate over a folder of them."""
+    from saccade.apps.slides_folds import cross_validate
 
-    import yaml
+    if args.split and Path(args.split).is_dir():
+        settings = training_config(args, None)
+        return cross_validate(args, settings, partial(fit, args))
+    return fit(args, Path(args.split) if args.split else None, args.name)
 
-    from saccade.apps.cli import main
+
+def training_config(args: argparse.Namespace, split: Path | None) -> dict[str, Any]:
+    """Return the config of `saccade fit` that the options mean."""
     from saccade.mil.slide_folder import feature_folder
 
     data = {"root": str(feature_folder(args.bags)), "labels": args.labels, "label_column": args.label_column}
-    data |= {"task": args.task} | ({"split": args.split} if args.split else {})
-    data |= {"standardize": True} if args.standardize else {}
+    data |= {"task": args.task} | ({"split": str(split)} if split else {})
     model: dict[str, Any] = {"model": args.model, "lr": args.lr, "aem": args.aem}
     if args.class_weights:
         model["class_weights"] = args.class_weights
@@ -99,20 +109,33 @@ def train(args: argparse.Namespace) -> int:
     if args.patience is not None:
         stopping = {"monitor": "val/loss", "patience": args.patience}
         trainer["callbacks"] = [{"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": stopping}]
-    config = {
+    return {
         "seed_everything": args.seed,
         "model": {"class_path": "saccade.mil.SlideClassifier", "init_args": model},
         "data": {"class_path": "saccade.datasets.BagData", "init_args": data},
         "trainer": trainer,
     }
-    text = yaml.safe_dump(config, sort_keys=False)
+
+
+def fit(args: argparse.Namespace, split: Path | None, name: str | None, interrupted: Path | None = None) -> int:
+    """Write a config, print it, and fit; or go on with an interrupted run."""
+    import tempfile
+
+    import yaml
+
+    from saccade.apps.cli import main
+
+    quiet = ["-q"] if args.quiet else []
+    if interrupted is not None:
+        return main(["fit", "--resume", str(interrupted), *quiet])
+    text = yaml.safe_dump(training_config(args, split), sort_keys=False)
     if not args.quiet:
         print(f"# saccade fit -c THIS\n{text}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "slides.yaml"
         path.write_text(text, encoding="utf-8")
-        more = ["--name", args.name] if args.name else []
-        return main(["fit", "-c", str(path), *more, *(["-q"] if args.quiet else [])])
+        more = ["--name", name] if name else []
+        return main(["fit", "-c", str(path), *more, *quiet])
 
 
 def predict(args: argparse.Namespace) -> int:

@@ -291,12 +291,15 @@ class BagData(LightningDataModule):
 
     @cached_property
     def feature_dim(self) -> int:
-        """Width of the features, read from the first bag that has any tile."""
+        """Width of the features, read from the first bag that can be read and has any tile."""
         for slide in self.slides:
-            bag = load_bag(self.files[slide.id])
+            try:
+                bag = load_bag(self.files[slide.id])
+            except DataError:  # told when it is that bag's turn
+                continue
             if bag.features.shape[1]:
                 return int(bag.features.shape[1])
-        raise ConfigError(f"No bag below {self.root} holds a tile.")
+        raise ConfigError(f"No bag below {self.root} can be read and holds a tile.")
 
     @cached_property
     def data_config(self) -> dict[str, Any]:

@@ -17,13 +17,12 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from saccade import __version__
-from saccade.batch import write_table
 from saccade.errors import ConfigError
 from saccade.mil.aem import attention_entropy_maximization
-from saccade.mil.evaluation import bootstrap, by_patient, classification_metrics, regression_metrics
 from saccade.mil.model import Criterion, MILOutput, create_model
+from saccade.mil.result_tables import ResultTables
 from saccade.mil.standardize import Standardize
-from saccade.mil.survival import concordance_index, cox_loss, discrete_hazard_loss, hazards_to_risk
+from saccade.mil.survival import cox_loss, discrete_hazard_loss, hazards_to_risk
 
 __all__ = ["SlideClassifier"]
 
@@ -88,6 +87,7 @@ class SlideClassifier(LightningModule):
         self.model_name, self.options = model, dict(options or {})
         self.num_classes = outputs
         self.class_names = class_names or [str(index) for index in range(num_classes)]
+        self.tables = ResultTables(self.task, self.class_names)
         self.model = create_model(
             model, feature_dim=self.data_config["feature_dim"], num_classes=outputs, **self.options
         )
@@ -177,10 +177,14 @@ class SlideClassifier(LightningModule):
         self.evaluate(batch)
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Return ``predicted`` ``(B, C)``, ``attention``, and the batch's ``id``, ``error`` and ``reason``."""
+        """Return ``predicted`` ``(B, C)``, ``attention``, ``n_tiles``, ``id``, ``error`` and ``reason``."""
         output = self(batch["bags"], batch["mask"])
-        names = ("id", "error", "reason")
-        return {"predicted": self.predictions(output), "attention": output.attention} | {n: batch[n] for n in names}
+        tiles = batch["mask"].sum(1).tolist()
+        reasons = [
+            reason or ("" if count else "no_tissue") for reason, count in zip(batch["reason"], tiles, strict=True)
+        ]
+        known = {"id": batch["id"], "error": batch["error"], "reason": reasons, "n_tiles": tiles}
+        return {"predicted": self.predictions(output), "attention": output.attention, **known}
 
     def gathered(self) -> list[dict[str, Any]]:
         """Return the results of all processes, in order of id, and begin anew."""
@@ -191,14 +195,6 @@ class SlideClassifier(LightningModule):
             results = [result for part in parts for result in part]
         return sorted(results, key=lambda result: str(result["id"]))
 
-    def metrics(self, predicted: Any, target: Any) -> dict[str, float]:  # noqa: ANN401 - arrays
-        """Return the metrics of the task."""
-        if self.task == "classification":
-            return classification_metrics(predicted, target)
-        if self.task == "regression":
-            return regression_metrics(predicted[:, 0], target)
-        return {"c_index": concordance_index(torch.as_tensor(predicted[:, 0]), torch.as_tensor(target))}
-
     def conclude(self, stage: str) -> list[dict[str, Any]]:
         """Log the metrics of a split and return its results."""
         import numpy as np
@@ -207,7 +203,7 @@ class SlideClassifier(LightningModule):
         predicted = np.array([result["predicted"] for result in results])
         target = np.array([result["target"] for result in results])
         self.log(f"{stage}/loss", float(np.mean([result["loss"] for result in results])))
-        self.log_dict({f"{stage}/{name}": value for name, value in self.metrics(predicted, target).items()})
+        self.log_dict({f"{stage}/{name}": value for name, value in self.tables.metrics(predicted, target).items()})
         return results
 
     def on_validation_epoch_end(self) -> None:
@@ -219,51 +215,7 @@ class SlideClassifier(LightningModule):
         results = self.conclude("test")
         folder = Path(self.trainer.log_dir or ".")
         if self.trainer.is_global_zero:
-            self.write_tables(results, folder)
-
-    def write_tables(self, results: list[dict[str, Any]], folder: Path) -> None:
-        """Write ``slides.csv``, ``patients.csv`` and ``intervals.csv``."""
-        import numpy as np
-
-        predicted = np.array([result["predicted"] for result in results])
-        target = np.array([result["target"] for result in results])
-        patients = [result["patient"] for result in results]
-        first = {"slide": [result["id"] for result in results], "patient": patients}
-        tiles = [result["n_tiles"] for result in results]
-        write_table(folder / "slides.csv", self.rows({**first, "n_tiles": tiles}, predicted, target))
-        mean, first_target, names = by_patient(predicted, target, patients)
-        write_table(folder / "patients.csv", self.rows({"patient": names}, mean, first_target))
-        slides = bootstrap(self.metrics, predicted, target, groups=patients)
-        people = bootstrap(self.metrics, mean, first_target)
-        rows = [
-            {"level": level, "metric": name, "value": value, "low": low, "high": high}
-            for level, intervals in (("slide", slides), ("patient", people))
-            for name, (value, low, high) in intervals.items()
-        ]
-        write_table(folder / "intervals.csv", rows)
-
-    def rows(self, known: Mapping[str, Any], predicted: Any, target: Any) -> list[dict[str, Any]]:  # noqa: ANN401
-        """Return table rows of predictions and targets."""
-        rows = []
-        for number, values in enumerate(predicted):
-            row: dict[str, Any] = {name: column[number] for name, column in known.items()}
-            rows.append(row | self.row(values, target[number]))
-        return rows
-
-    def row(self, predicted: Any, target: Any = None) -> dict[str, Any]:  # noqa: ANN401 - arrays
-        """Return the columns of one prediction."""
-        if self.task == "classification":
-            known = {} if target is None else {"target": self.class_names[int(target)]}
-            best = self.class_names[int(predicted.argmax())] if len(predicted) > 1 else self.class_names[-1]
-            names = self.class_names[-len(predicted) :]
-            return {**known, "label": best} | {
-                f"prob_{n}": round(float(p), 6) for n, p in zip(names, predicted, strict=True)
-            }
-        word = "value" if self.task == "regression" else "risk"
-        truth: dict[str, Any] = {}
-        if target is not None:
-            truth = {"target": float(target)} if self.task == "regression" else {"time": target[0], "event": target[1]}
-        return {**truth, word: round(float(predicted[0]), 6)}
+            self.tables.write(results, folder)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimiser and the schedule."""

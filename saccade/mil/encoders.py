@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,189 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saccade.checkpoints import file_digest, load_weights, read_state_dict
-from saccade.errors import ConfigError, MissingResourceError, require, suggest
+from saccade.checkpoints import file_digest, first_line, load_weights, read_state_dict
+from saccade.errors import ConfigError, MissingDependencyError, MissingResourceError, require, suggest
+from saccade.mil.encoder_facts import ENCODERS, IMAGENET, EncoderFacts, Normalization
 from saccade.mil.stain_texture import FEATURE_NAMES, stain_texture
 
 __all__ = ["ENCODERS", "Encoder", "EncoderFacts", "load_encoder", "wrap_model"]
-
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-H_OPTIMUS = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
-Normalization = tuple[tuple[float, ...], tuple[float, ...]]
-
-
-@dataclass(frozen=True)
-class EncoderFacts:
-    """What is known of a published encoder.
-
-    Args:
-        name: Name here.
-        library: ``"timm"`` or ``"open_clip"``.
-        model: Architecture in that library.
-        hub: Repository of the weights on the Hugging Face hub; empty for timm's own.
-        dim: Width of the features.
-        options: Arguments of the architecture.
-        normalization: Mean and standard deviation.
-        size: Side of the input in pixels.
-        pooling: ``"model"`` (the model's own), ``"cls+mean"`` (class token beside the mean of patch tokens), or
-            ``"stage3"`` (mean of the third stage's map).
-        prefix_tokens: Class and register tokens, for ``"cls+mean"``.
-        tile_px: Tile size it was trained for.
-        mpp: Resolution it was trained for, microns per pixel.
-        gated: Whether a licence must be accepted first.
-    """
-
-    name: str
-    library: str
-    model: str
-    hub: str
-    dim: int
-    options: Mapping[str, Any] = field(default_factory=dict)
-    normalization: Normalization = IMAGENET
-    size: int = 224
-    pooling: str = "model"
-    prefix_tokens: int = 1
-    tile_px: int = 256
-    mpp: float = 0.5
-    gated: bool = False
-
-
-def swiglu(**options: Any) -> dict[str, Any]:  # noqa: ANN401 - timm's own
-    """Return options of a vision transformer with packed SwiGLU; the layers are named, as timm is not imported yet."""
-    return {"mlp_layer": "SwiGLUPacked", "act_layer": "SiLU", **options}
-
-
-VIRCHOW = swiglu(init_values=1e-5, mlp_ratio=5.3375, global_pool="", dynamic_img_size=True)
-ENCODERS: dict[str, EncoderFacts] = {
-    facts.name: facts
-    for facts in (
-        EncoderFacts(
-            "resnet50",
-            "timm",
-            "resnet50.tv_in1k",
-            "",
-            1024,
-            {"features_only": True, "out_indices": (3,)},
-            pooling="stage3",
-        ),
-        EncoderFacts(
-            "UNI",
-            "timm",
-            "vit_large_patch16_224",
-            "MahmoodLab/uni",
-            1024,
-            {"init_values": 1e-5, "dynamic_img_size": True},
-            gated=True,
-        ),
-        EncoderFacts(
-            "UNI2",
-            "timm",
-            "vit_giant_patch14_224",
-            "MahmoodLab/UNI2-h",
-            1536,
-            swiglu(
-                depth=24,
-                num_heads=24,
-                init_values=1e-5,
-                embed_dim=1536,
-                mlp_ratio=2.66667 * 2,
-                no_embed_class=True,
-                reg_tokens=8,
-                dynamic_img_size=True,
-            ),
-            gated=True,
-        ),
-        EncoderFacts(
-            "Virchow",
-            "timm",
-            "vit_huge_patch14_224",
-            "paige-ai/Virchow",
-            2560,
-            VIRCHOW,
-            pooling="cls+mean",
-            tile_px=224,
-            gated=True,
-        ),
-        EncoderFacts(
-            "Virchow2",
-            "timm",
-            "vit_huge_patch14_224",
-            "paige-ai/Virchow2",
-            2560,
-            {**VIRCHOW, "reg_tokens": 4},
-            pooling="cls+mean",
-            prefix_tokens=5,
-            tile_px=224,
-            gated=True,
-        ),
-        EncoderFacts(
-            "GigaPath",
-            "timm",
-            "vit_giant_patch14_dinov2",
-            "prov-gigapath/prov-gigapath",
-            1536,
-            {
-                "img_size": 224,
-                "patch_size": 16,
-                "embed_dim": 1536,
-                "depth": 40,
-                "num_heads": 24,
-                "mlp_ratio": 5.33334,
-                "init_values": 1e-5,
-            },
-            gated=True,
-        ),
-        EncoderFacts(
-            "H-optimus-0",
-            "timm",
-            "vit_giant_patch14_reg4_dinov2",
-            "bioptimus/H-optimus-0",
-            1536,
-            {"img_size": 224, "init_values": 1e-5, "global_pool": "token"},
-            H_OPTIMUS,
-            tile_px=224,
-            gated=True,
-        ),
-        EncoderFacts(
-            "H-optimus-1",
-            "timm",
-            "vit_giant_patch14_reg4_dinov2",
-            "bioptimus/H-optimus-1",
-            1536,
-            {"img_size": 224, "init_values": 1e-5, "global_pool": "token"},
-            H_OPTIMUS,
-            tile_px=224,
-            gated=True,
-        ),
-        EncoderFacts(
-            "Kaiko-S16",
-            "timm",
-            "vit_small_patch16_224",
-            "1aurent/vit_small_patch16_224.kaiko_ai_towards_large_pathology_fms",
-            384,
-            {"dynamic_img_size": True},
-            HALF,
-        ),
-        EncoderFacts(
-            "Kaiko-B16",
-            "timm",
-            "vit_base_patch16_224",
-            "1aurent/vit_base_patch16_224.kaiko_ai_towards_large_pathology_fms",
-            768,
-            {"dynamic_img_size": True},
-            HALF,
-        ),
-        EncoderFacts(
-            "Lunit-S8", "timm", "vit_small_patch8_224", "1aurent/vit_small_patch8_224.lunit_dino", 384, {}, gated=False
-        ),
-        EncoderFacts("PLIP", "open_clip", "ViT-B-32-quickgelu", "vinid/plip", 512, {}, CLIP, tile_px=224),
-        EncoderFacts(
-            "QuiltNet", "open_clip", "ViT-B-32-quickgelu", "wisdomik/QuiltNet-B-32", 512, {}, CLIP, tile_px=224
-        ),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -267,7 +92,7 @@ def load_encoder(
 
     Args:
         name: Case does not matter.
-        weights: File with its weights, where the hub cannot be reached.
+        weights: File with its weights, where the hub cannot be reached; or a folder, a download of its repository.
         pretrained: Allow the download; gated ones need a token in the environment.
         random_weights: Run although there are no trained weights, to try a pipeline.
 
@@ -289,17 +114,45 @@ def load_encoder(
             f"Encoder {facts.name} would have random weights. Pass --weights FILE or --pretrained, or say "
             f"--random-weights if that is what you want.{licence}"
         )
+    given = None if weights is None else Path(weights)
+    folder = given if given is not None and given.is_dir() else None
+    check_source(facts, has_file=given is not None and folder is None, pretrained=pretrained, folder=folder)
     try:
-        network = build(facts, pretrained=pretrained and weights is None)
+        if facts.library == "conch":
+            network = build_conch(facts, given)
+        else:
+            network = build(facts, pretrained=pretrained and weights is None, folder=folder)
     except (OSError, RuntimeError, ValueError) as error:
         raise MissingResourceError(
-            f"The weights of {facts.name} cannot be had ({str(error).splitlines()[0]}). Pass --weights FILE."
+            f"The weights of {facts.name} cannot be had ({first_line(error)}). Pass --weights FILE, or a folder with a "
+            f"download of https://huggingface.co/{facts.hub}."
         ) from error
     origin = f"pretrained:{facts.hub or facts.model}" if pretrained else "random"
-    if weights is not None:
-        load_weights(network.model, read_state_dict(weights), source=weights)
-        origin = f"file:{file_digest(weights)}"
+    if given is not None and folder is None:
+        if facts.library != "conch":  # whose package has read the file
+            load_weights(network.model, read_state_dict(given), source=given)
+        origin = f"file:{file_digest(given)}"
+    elif folder is not None:
+        origin = f"folder:{folder.name}"
     return Encoder(facts.name, network.eval(), facts.dim, facts.size, facts.normalization, origin, facts)
+
+
+def check_source(facts: EncoderFacts, *, has_file: bool, pretrained: bool, folder: Path | None) -> None:
+    """Raise if an encoder cannot be loaded from what is given.
+
+    Raises:
+        ConfigError: Says from what it can be.
+    """
+    place = f"https://huggingface.co/{facts.hub}"
+    if not facts.model and not pretrained and folder is None:
+        raise ConfigError(
+            f"{facts.name}'s architecture is described in its repository only: pass --pretrained, or --weights with a "
+            f"folder, a download of {place}."
+        )
+    if facts.library == "conch" and not (pretrained or has_file):
+        raise ConfigError(f"CONCH takes --weights with its file pytorch_model.bin of {place}, or --pretrained.")
+    if not facts.loads_from_hub and not has_file and pretrained:
+        raise ConfigError(f"{facts.name} cannot be downloaded by itself: pass --weights with its file of {place}.")
 
 
 def wrap_model(
@@ -338,30 +191,61 @@ class Pooled(nn.Module):
         return self.pool(images)
 
 
-def build(facts: EncoderFacts, *, pretrained: bool) -> Pooled:
-    """Build the network of a published encoder."""
+def build(facts: EncoderFacts, *, pretrained: bool, folder: Path | None = None) -> Pooled:
+    """Build the network of a published encoder, with weights from the hub, from a folder, or random ones."""
+    source = f"hf-hub:{facts.hub}" if pretrained and facts.hub else facts.model
+    if folder is not None:
+        source = f"local-dir:{folder}"
+    has_weights = pretrained or folder is not None
     if facts.library == "open_clip":
         open_clip = require("open_clip", purpose=f"Encoder {facts.name}")
-        name = f"hf-hub:{facts.hub}" if pretrained else facts.model
-        tower: nn.Module = open_clip.create_model(name, load_weights=pretrained).visual
+        tower: nn.Module = open_clip.create_model(source, load_weights=has_weights).visual
         return Pooled(tower, tower)
+    if facts.library == "transformers":
+        from transformers import AutoModel
+
+        model: nn.Module = AutoModel.from_pretrained(str(folder or facts.hub), local_files_only=folder is not None)
+        return Pooled(model, lambda images: pooled_tokens(model(images).last_hidden_state, facts))
     import timm
 
     layers = {"SwiGLUPacked": timm.layers.SwiGLUPacked, "SiLU": nn.SiLU}
     options = {
         key: layers.get(value, value) if isinstance(value, str) else value for key, value in facts.options.items()
     }
-    name = f"hf-hub:{facts.hub}" if pretrained and facts.hub else facts.model
     if "features_only" not in options:
         options["num_classes"] = 0
-    model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
+    model = timm.create_model(source, pretrained=has_weights, **options)
     if facts.pooling == "stage3":
         return Pooled(model, lambda images: model(images)[0].mean((2, 3)))
     if facts.pooling == "cls+mean":
-        return Pooled(model, lambda images: class_and_mean(model(images), facts.prefix_tokens))
+        return Pooled(model, lambda images: pooled_tokens(model(images), facts))
     return Pooled(model, model)
 
 
-def class_and_mean(tokens: Tensor, prefix_tokens: int) -> Tensor:
-    """Return the class token beside the mean of the patch tokens, ``(B, 2 D)``."""
-    return torch.cat([tokens[:, 0], tokens[:, prefix_tokens:].mean(1)], -1)
+def build_conch(facts: EncoderFacts, weights: Path | None) -> Pooled:
+    """Load CONCH by the package of its authors, from a file or from the hub with the token in the environment.
+
+    Raises:
+        MissingDependencyError: If the package is not installed.
+        CheckpointError: If the file holds more than weights, which that package would run.
+    """
+    try:
+        from conch.open_clip_custom import create_model_from_pretrained
+    except ImportError as error:
+        raise MissingDependencyError(
+            "Encoder CONCH needs the package of its authors: pip install git+https://github.com/mahmoodlab/CONCH. Its "
+            f"weights need a licence: https://huggingface.co/{facts.hub}."
+        ) from error
+    if weights is not None:
+        read_state_dict(weights)
+    token = os.environ.get("HF_TOKEN")
+    place = f"hf_hub:{facts.hub}" if weights is None else str(weights)
+    model = create_model_from_pretrained(facts.model, checkpoint_path=place, hf_auth_token=token)[0]
+    return Pooled(model, partial(model.encode_image, proj_contrast=False, normalize=False))
+
+
+def pooled_tokens(tokens: Tensor, facts: EncoderFacts) -> Tensor:
+    """Return the class token ``(B, D)``, or beside it the mean of the patch tokens, ``(B, 2 D)``."""
+    if facts.pooling == "cls":
+        return tokens[:, 0]
+    return torch.cat([tokens[:, 0], tokens[:, facts.prefix_tokens :].mean(1)], -1)
