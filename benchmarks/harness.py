@@ -1,6 +1,7 @@
 """Ours beside a peer: alternating calls in one process, medians, ratios, peak memory, JSON with the machine."""
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,7 @@ def compare(
     unit: str = "calls",
     repeats: int = 7,
     warmup: int = 1,
+    cpu_time: bool = False,
 ) -> dict[str, object]:
     """Time functions that do the same work and print one row for each.
 
@@ -28,13 +30,15 @@ def compare(
         unit: Plural noun of the units.
         repeats: Timed calls of each.
         warmup: Untimed calls of each beforehand.
+        cpu_time: Count seconds of the CPU instead of those of the wall: for one thread on a machine that is not idle.
 
     Returns:
         Timings by name, and the time of each peer as a multiple of ours (above 1: ours is faster).
     """
-    timings = measure_alternating(functions, repeats=repeats, warmup=warmup)
+    clock = time.process_time if cpu_time else time.perf_counter
+    timings = measure_alternating(functions, repeats=repeats, warmup=warmup, clock=clock)
     ours = next(iter(timings.values())).median_ms
-    print(case)
+    print(f"{case}{' (CPU time)' if cpu_time else ''}")
     rows = {}
     for name, timing in timings.items():
         speed = work / timing.median_ms * 1000
@@ -44,7 +48,7 @@ def compare(
             f"  {name:<28}{timing.median_ms:>11.1f} ms +- {timing.spread_ms:<8.1f}{speed:>9.1f} {unit}/s"
             f"{timing.peak_mib:>9.1f} MiB   {ratio:.2f} x ours"
         )
-    return {"case": case, "work": work, "unit": unit, "rows": rows}
+    return {"case": case, "work": work, "unit": unit, "clock": "cpu" if cpu_time else "wall", "rows": rows}
 
 
 def save(name: str, cases: list[dict[str, object]]) -> None:

@@ -21,7 +21,7 @@ class Timing:
     """What repeated calls of one function cost.
 
     Args:
-        median_ms: Median wall time of a call, milliseconds.
+        median_ms: Median time of a call by the clock that was read, wall time as a rule, milliseconds.
         spread_ms: Distance between the first and the third quartile, milliseconds.
         runs: Number of timed calls.
         peak_mib: Most memory that torch held at once beyond what it held before the call; see :func:`peak_memory`.
@@ -34,7 +34,11 @@ class Timing:
 
 
 def measure_alternating(
-    functions: Mapping[str, Callable[[], object]], *, repeats: int = 9, warmup: int = 2
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int = 9,
+    warmup: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time several functions in one process, in turn, so that slow phases of the machine hit all of them alike.
 
@@ -42,6 +46,8 @@ def measure_alternating(
         functions: What to call, by name; results are dropped.
         repeats: Timed calls of each, at least 2.
         warmup: Untimed calls of each beforehand (compilation, caches, memory pools).
+        clock: Seconds; ``time.process_time`` counts those of the CPU instead, for one thread on a machine that others
+            use too.
 
     Returns:
         One timing per name, in the order given.
@@ -52,7 +58,7 @@ def measure_alternating(
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            seconds[name].append(timed(function))
+            seconds[name].append(timed(function, clock))
     timings = {}
     for name, function in functions.items():
         first, _, third = statistics.quantiles(seconds[name], n=4, method="inclusive")
@@ -61,8 +67,8 @@ def measure_alternating(
     return timings
 
 
-def timed(function: Callable[[], object]) -> float:
-    """Return the wall time of one call in seconds, the work queued on the GPU included."""
+def timed(function: Callable[[], object], clock: Callable[[], float]) -> float:
+    """Return the time of one call in seconds, the work queued on the GPU included."""
     import torch
 
     def wait() -> None:
@@ -70,10 +76,10 @@ def timed(function: Callable[[], object]) -> float:
             torch.cuda.synchronize()
 
     wait()
-    start = time.perf_counter()
+    start = clock()
     function()
     wait()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def peak_memory(function: Callable[[], object]) -> int:

@@ -17,6 +17,12 @@ def test_functions_take_turns():
     assert all(timing.runs == 3 and timing.median_ms >= 0 and timing.spread_ms >= 0 for timing in timings.values())
 
 
+def test_any_clock_will_do():
+    readings = iter([0.0, 1.0, 10.0, 12.0, 20.0, 26.0])
+    timing = measure_alternating({"a": lambda: None}, repeats=3, warmup=0, clock=lambda: next(readings))["a"]
+    assert timing.median_ms == 2000  # of 1, 2 and 6 seconds
+
+
 def test_peak_memory_counts_what_is_held_at_once():
     def one_after_the_other():
         for _ in range(3):
