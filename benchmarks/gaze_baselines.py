@@ -2,21 +2,17 @@
 
 Drawn scenes (``search_scenes``, simulated viewers; no image in two splits): chains over objects fitted on the training
 part, among them saliency-ranked objects by the spectral residual; the fixation regressor in the manner of Gazeformer,
-which sees the picture alone; and OAT as ``saccade fit -c gaze/oat`` trains it (crops, the target's place hidden). Ten
-sampled paths per scene are compared with every viewer's.
+which sees the picture alone. Ten sampled paths per scene are compared with every viewer's.
 
 OSIE: the four pictures at hand, each in turn left out of fitting, 15 viewers. Chains run over the cells of a grid; all
 paths are compared over these cells, and by place. Four pictures are too few to learn from: this shows that it runs.
 
-The recordings are ``gaze/osie`` below SACCADE_TEST_DATA (default ../shared/data). Runs of OAT stay below
-``runs/gaze_baselines`` (or SACCADE_GAZE_BASELINES), done once.
+The recordings are ``gaze/osie`` below SACCADE_TEST_DATA (default ../shared/data).
 """
 
 import json
 import math
 import os
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -42,7 +38,6 @@ from saccade.gaze import (
     collate_trials,
     fit_fixation_regressor,
     lay_grid,
-    load_predictor,
     object_saliency,
     read_scanpaths,
     recordings_of,
@@ -57,13 +52,13 @@ from saccade.gaze.validation import ScanpathWarning
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 OSIE = Path(os.environ.get("SACCADE_TEST_DATA") or REPOSITORY.parent / "shared" / "data") / "gaze" / "osie"
-FOLDER = Path(os.environ.get("SACCADE_GAZE_BASELINES") or REPOSITORY / "runs" / "gaze_baselines")
 BASELINES = {
     "random object": RandomObjects,
     "centre bias": CentreBias,
     "saliency-ranked objects": SalientObjects,
     "nearest-object chain": NearestObjects,
 }
+SCENES = 240
 GRID = (6, 8)
 SAMPLES = 10
 Figures = dict[str, float]
@@ -115,20 +110,9 @@ def regressed(pictures: Pictures, train: ScanpathSet, tests: Sequence[Trial], hu
     return scores | {"first_loss": losses[0], "last_loss": losses[-1], "seconds": seconds}
 
 
-def trained_oat() -> Path:
-    """Train OAT with the shipped configuration, once, and return its run."""
-    note = FOLDER / "run.json"
-    if not note.exists():
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-W", "ignore", "-m", "saccade.apps.cli", "fit", "-c", "gaze/oat", "-q", "--json"]
-        done = subprocess.run(command, cwd=FOLDER, check=True, stdout=subprocess.PIPE, text=True)
-        note.write_text(done.stdout)
-    return FOLDER / json.loads(note.read_text())["run"]
-
-
 def drawn_scenes() -> dict[str, Figures]:
     """Return the rows of the drawn scenes."""
-    data = ScanpathData()
+    data = ScanpathData(generated_scenes=SCENES, seen="nothing")
     recordings, picture = data.recordings()
     pictures = {name: picture(name) for name in dict.fromkeys(recordings.image)}
     train, tests = (with_saliency(data.samples(split), pictures) for split in ("train", "test"))
@@ -136,7 +120,6 @@ def drawn_scenes() -> dict[str, Figures]:
     examples = [collate_trials(train)[:2]]
     rows = {name: over_objects(kind.fit(examples), tests, human) for name, kind in BASELINES.items()}
     rows["fixation regressor"] = regressed(pictures, data.split(recordings)["train"], tests, human)
-    rows["OAT, config gaze/oat"] = over_objects(load_predictor(trained_oat()).model, tests, human)
     return rows | {"viewers, leave one out": path_scores(human, human)}
 
 
@@ -174,7 +157,13 @@ def show(title: str, rows: dict[str, Figures]) -> None:
 
 def main() -> None:
     """Fit, sample, compare, save."""
-    content = {"machine": machine(), "samples": SAMPLES, "osie_grid": GRID, "drawn_scenes": drawn_scenes()}
+    content = {
+        "machine": machine(),
+        "scenes": SCENES,
+        "samples": SAMPLES,
+        "osie_grid": GRID,
+        "drawn_scenes": drawn_scenes(),
+    }
     show("drawn scenes", content["drawn_scenes"])
     if OSIE.is_dir():
         content["osie"] = osie()

@@ -65,7 +65,6 @@ SETTINGS = {
 TRAINING = {
     "--model.seen": "nothing",
     "--model.pyramid_levels": "0",
-    "--model.paths_every": "8",
     "--epochs": "48",
 }
 VARIANTS = {
