@@ -1,6 +1,7 @@
 """What several test files share: running the command line, tolerances, deterministic inputs."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,19 @@ TOLERANCES = {
     torch.float16: {"rtol": 2e-3, "atol": 2e-3},
     torch.bfloat16: {"rtol": 1.6e-2, "atol": 1.6e-2},
 }
+
+
+ARTEFACTS = Path(__file__).parents[1] / "build" / "test-artefacts"  # which git ignores
+
+
+def keep_artefact(path: Path) -> Path:
+    """Copy a file that a test made for people to look at to where it stays, and return the copy.
+
+    That is ``SACCADE_TEST_ARTEFACTS``, or ``build/test-artefacts/`` in the checkout.
+    """
+    folder = Path(os.environ.get("SACCADE_TEST_ARTEFACTS") or ARTEFACTS)
+    folder.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.copyfile(path, folder / path.name))
 
 
 def run_cli(

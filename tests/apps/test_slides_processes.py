@@ -34,7 +34,7 @@ def place(tmp_path_factory):
 
 
 def succeed(*arguments, cwd, code=0):
-    done = run_cli(*arguments, cwd=cwd, env=ONE_THREAD)
+    done = run_cli(*arguments, cwd=cwd, env=ONE_THREAD, timeout=900)
     assert done.returncode == code, done.stderr
     return done
 
@@ -57,7 +57,7 @@ def assert_equal_tables(one, other):
 @pytest.fixture(scope="module")
 def trained(place):
     """Two runs, one bag a step on each of two processes and two bags a step on one."""
-    fit = ["fit", "--task", "slides", *MODEL, *DATA, "--epochs", "3", "--seed", "0"]
+    fit = ["fit", "--task", "slides", *MODEL, *DATA, "--epochs", "2", "--seed", "0"]
     succeed(*fit, *TWO, "--data.batch_size", "1", "--name", "two", cwd=place)
     succeed(*fit, "--data.batch_size", "2", "--name", "one", cwd=place)
     return {name: next((place / "runs" / name).glob("2*")) for name in ("one", "two")}

@@ -157,6 +157,7 @@ def test_lists_and_names(folder, tmp_path):
     for text, message in [
         ("slide\ngood\ngood.tif\n", "line 3: slide 'good' is listed twice"),
         ("slide\nabsent\n", "line 2: slide 'absent' is not among the inputs"),
+        ("slide\n../../../etc/passwd\n", "is not among the inputs"),
         ("slide,mpp\ngood,much\n", "mpp must be a positive number"),
         ("name\ngood\n", "has no column 'slide'"),
         ("slide\n", "lists no slides"),
@@ -164,6 +165,23 @@ def test_lists_and_names(folder, tmp_path):
         listing.write_text(text)
         with pytest.raises(ConfigError, match=message):
             find_slides(folder, list_file=listing)
+
+
+def test_a_hostile_drawing_or_name_harms_nobody(folder, tmp_path):
+    """The drawing fails its slide alone and stays as it was; a formula is a name like any other."""
+    (tmp_path / "slides").mkdir()
+    for name in ("drawn.tif", "=HYPERLINK(1)+1.tif"):
+        (tmp_path / "slides" / name).write_bytes((folder / "good.tif").read_bytes())
+    drawing = '{"type": "Polygon", "coordinates": [[[0, 0], [1e300, 1], [3, 3]]]}'
+    (tmp_path / "out" / "masks").mkdir(parents=True)
+    (tmp_path / "out" / "masks" / "drawn.geojson").write_text(drawing)
+    summary = extract(tmp_path / "slides", out=tmp_path / "out", stage="tile", tiles=TILES, options=QUICK)
+    found = entries(tmp_path / "out")
+    assert (summary.exit_code, found["drawn"]["reason"]) == (3, "bad_geojson")
+    assert (tmp_path / "out" / "masks" / "drawn.geojson").read_text() == drawing
+    assert found["=HYPERLINK(1)+1"]["row"]["n_tiles"] > 0
+    assert (tmp_path / "out" / "tiles" / TILES.name / "=HYPERLINK(1)+1.h5").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "slides"]
 
 
 def test_equal_stems(tmp_path):

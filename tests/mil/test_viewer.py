@@ -16,6 +16,7 @@ from saccade.errors import ConfigError
 from saccade.mil import HeatmapOptions, Slide, draw_heatmaps, load_classifier, load_scores, normalize_scores
 from saccade.mil.viewer import serve
 from tests import chromium
+from tests.helpers import keep_artefact
 from tests.mil.heatmap_folder import write_folder, write_model
 
 
@@ -195,7 +196,7 @@ def test_usage_errors(shown, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.skipif(chromium.PROGRAM is None, reason="no Chromium on this machine (apt-get install chromium)")
-def test_page_in_a_browser(shown, tmp_path):
+def test_page_in_a_browser(shown, tmp_path, capsys):
     server, out = shown
     scores = load_scores(out / "attention" / "ga" / "a.h5")
     with chromium.Page(tmp_path / "profile") as page:
@@ -216,3 +217,6 @@ def test_page_in_a_browser(shown, tmp_path):
         page.screenshot(tmp_path / "viewer.png")
     with Image.open(tmp_path / "viewer.png") as image:
         assert image.size == (1200, 800)
+    kept = keep_artefact(tmp_path / "viewer.png")
+    with capsys.disabled():
+        print(f"\nscreenshot of the viewer: {kept}")
