@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saccade.apps.options import add_batch_options, batch_options, comma_list
+from saccade.apps.options import add_batch_options, batch_options
 from saccade.apps.screen import finish_run
 from saccade.apps.vlm_options import (
     add_generation_options,
@@ -15,6 +15,7 @@ from saccade.apps.vlm_options import (
     add_vlm_model_options,
     generation_options,
     no_loading_bars,
+    number_list,
     settings_of,
 )
 from saccade.errors import ConfigError
@@ -78,11 +79,6 @@ def run(args: argparse.Namespace) -> int:
         options=batch_options(args),
     )
     return finish_run(summary, as_json=args.json)
-
-
-def number_list(text: str) -> tuple[int, ...]:
-    """Parse ``"10,11,12"``."""
-    return tuple(int(part) for part in comma_list(text))
 
 
 def parse_grid(text: str | None, first: int) -> ImageGrid | None:

@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
+from saccade.apps.options import comma_list
 from saccade.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ __all__ = [
     "generation_options",
     "load_model",
     "no_loading_bars",
+    "number_list",
     "settings_of",
 ]
 
@@ -81,6 +83,11 @@ def settings_of(pairs: list[str]) -> dict[str, Any]:
             value = text
         found[key.strip()] = tuple(value) if isinstance(value, list) else value
     return found
+
+
+def number_list(text: str) -> tuple[int, ...]:
+    """Parse ``"10,11,12"``."""
+    return tuple(int(part) for part in comma_list(text))
 
 
 def no_loading_bars() -> None:

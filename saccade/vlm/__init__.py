@@ -1,5 +1,6 @@
 """Interventions on the attention of Hugging Face models while they generate."""
 
+from saccade.vlm.act_heads import ACTHeads, find_act_heads
 from saccade.vlm.answer_maps import AnswerMaps, map_answer
 from saccade.vlm.answer_pictures import attend_answers, compare_answer, draw_answer_maps
 from saccade.vlm.answer_run import AnswerPlan, generate_answers
@@ -25,6 +26,7 @@ __all__ = [
     "VAR",
     "VCD",
     "VHR",
+    "ACTHeads",
     "Answer",
     "AnswerMaps",
     "AnswerPlan",
@@ -46,6 +48,7 @@ __all__ = [
     "contrastive_generate",
     "diffusion_noise",
     "draw_answer_maps",
+    "find_act_heads",
     "find_image_grid",
     "find_sink_channels",
     "generate_answers",

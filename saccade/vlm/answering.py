@@ -138,6 +138,11 @@ class Answerer:
             moved[name] = tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
         return moved
 
+    def reference_ids(self, text: str) -> Tensor:
+        """Return the token ids of a known answer, as they would stand behind the prompt, ``(T,)``."""
+        ids: list[int] = self.loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.long)
+
     @torch.inference_mode()
     def answer(self, questions: Sequence[Question], images: Sequence[Image.Image]) -> list[Answer]:
         """Answer some questions at once.

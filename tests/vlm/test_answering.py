@@ -131,6 +131,18 @@ def test_sampling_draws_for_each_question_on_its_own(place, tmp_path):
     assert rows_of(tmp_path / "c.jsonl")["b"]["answer"] != whole["b"]["answer"]
 
 
+def test_a_picture_of_a_hundred_megapixels(place, tmp_path):
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "huge.png")
+    rows = [{"id": name, "image": f"{name}.png", "prompt": "What?"} for name in ("a", "huge")]
+    (tmp_path / "a.png").write_bytes((place / "a.png").read_bytes())
+    (tmp_path / "q.json").write_text(json.dumps(rows))
+    options = BatchOptions(num_workers=0)
+    questions = read_questions(tmp_path / "q.json")
+    summary = generate_answers(questions, model=model_of(place), out=tmp_path / "out.jsonl", options=options)
+    assert (summary.done, summary.failed) == (1, 1)
+    assert rows_of(tmp_path / "out.jsonl")["huge"]["error"].startswith("too many pixels for one image")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -216,3 +228,10 @@ class TestCommand:
         assert found["sink_channels"] is None
         assert "No channel" in shown.err
         assert len(found["rise"]) == 4
+        assert main([*call, "--act-heads"]) == 2
+        assert "question 0 has none" in capsys.readouterr().err
+        (place / "few.json").write_text(json.dumps([{**row, "reference": "A cat."} for row in rows]))
+        assert main([*call, "--tau", "5", "--act-heads", "--layers", "2"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert len(found["gain"]["2"]) == 4
+        assert found["heads"].get("2", []) == [head for head, gain in enumerate(found["gain"]["2"]) if gain > 0]

@@ -15,22 +15,26 @@ changed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from saccade.attention import attention_statistics
-from saccade.errors import ConfigError
+from saccade.errors import ConfigError, suggest
 from saccade.vlm.call import AttentionCall
 from saccade.vlm.edits import ClassEdit
 from saccade.vlm.intervention import check_layers
 from saccade.vlm.model_facts import ModelFacts
 from saccade.vlm.prompt import Prompt
 
-__all__ = ["ACT", "act_gain", "excess_tokens"]
+__all__ = ["ACT", "act_gain", "excess_tokens", "read_act_heads"]
+
+FIRST_PUBLISHED = 2  # layer of the first list in the published files
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,14 @@ class ACT:
     """Parameters of attention calibration.
 
     Args:
-        heads: Heads to change, by layer; published lists exist for two models, and calibration finds them for others.
+        heads: Heads to change, by layer, or a file of them, see :func:`read_act_heads`. The authors publish lists for
+            two models; :func:`saccade.vlm.find_act_heads` or ``saccade vlm calibrate`` finds them for others.
         beta: Share of their weight that tokens of I keep.
         threshold: Mean attention above which a token is one of I; ``None`` means ``relative_threshold / N``.
         relative_threshold: The paper's form, N being the tokens so far.
     """
 
-    heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    heads: Mapping[int, tuple[int, ...]] | str | Path = field(default_factory=dict)
     beta: float = 0.4
     threshold: float | None = None
     relative_threshold: float = 5.0
@@ -57,8 +62,9 @@ class ACT:
 
     def start(self, facts: ModelFacts, tokenizer: Any) -> ACTEdit:  # noqa: ANN401
         """Return the method at work on a model; see :class:`saccade.vlm.Intervention`."""
-        layers = check_layers("ACT", "the layers of heads", self.heads, facts)
-        wrong = {head for heads in self.heads.values() for head in heads if not 0 <= head < facts.num_heads}
+        chosen = read_act_heads(self.heads) if isinstance(self.heads, str | Path) else self.heads
+        layers = check_layers("ACT", "the layers of heads", chosen, facts)
+        wrong = {head for heads in chosen.values() for head in heads if not 0 <= head < facts.num_heads}
         if wrong:
             raise ConfigError(f"ACT: heads must be in 0..{facts.num_heads - 1}; got {sorted(wrong)}.")
         sliding = sorted(layer for layer in layers if facts.sliding(layer))
@@ -66,7 +72,7 @@ class ACT:
             raise ConfigError(
                 f"ACT counts attention to every token; layers {sliding} of {facts.name} see a sliding window only."
             )
-        return ACTEdit(self, facts, layers)
+        return ACTEdit(self, facts, layers, chosen)
 
 
 class ACTEdit(ClassEdit):
@@ -79,9 +85,10 @@ class ACTEdit(ClassEdit):
     needs_cache = True
     compiles = False
 
-    def __init__(self, act: ACT, facts: ModelFacts, layers: frozenset[int]) -> None:
+    def __init__(self, act: ACT, facts: ModelFacts, layers: frozenset[int], heads: Mapping[int, Sequence[int]]) -> None:
         super().__init__("ACT", facts, layers)
         self.act = act
+        self.heads = heads
 
     @property
     def observed_layers(self) -> frozenset[int]:
@@ -125,7 +132,7 @@ class ACTEdit(ClassEdit):
         limit = self.act.relative_threshold / count.clamp(min=1) if threshold is None else threshold
         excess = excess_tokens(mean, limit)
         chosen = torch.zeros(mean.shape[1], dtype=torch.bool, device=mean.device)
-        chosen[list(self.act.heads[call.layer])] = True
+        chosen[list(self.heads[call.layer])] = True
         excess &= chosen[:, None]
         self.record("excess", call.layer, excess)
         return excess.long()
@@ -133,6 +140,37 @@ class ACTEdit(ClassEdit):
     def gain(self, layer: int, mass: Tensor) -> Tensor:
         """Scale the tokens of I down, the others up."""
         return act_gain(mass, self.act.beta)
+
+
+def read_act_heads(file: str | Path) -> dict[int, tuple[int, ...]]:
+    """Read heads by layer from JSON.
+
+    Three forms are understood: an object of lists by layer, ``{"2": [0, 5], ...}``, by itself or under ``heads`` as
+    ``saccade vlm calibrate`` writes it; or lists whose first belongs to layer 2, the form of the published code, by
+    themselves or one of several under names, chosen by ``FILE#NAME``.
+
+    Raises:
+        ConfigError: If the file cannot be read, has another form, or has several lists and no name says which.
+    """
+    path, _, name = str(file).partition("#")
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"ACT: cannot read heads from {path}: {error}.") from error
+    if isinstance(content, dict) and name:
+        if name not in content:
+            raise ConfigError(f"ACT: {path} has no {name!r}.{suggest(name, content)} It has {', '.join(content)}.")
+        content = content[name]
+    if isinstance(content, dict) and "heads" in content:
+        content = content["heads"]
+    lists = dict(enumerate(content, start=FIRST_PUBLISHED)) if isinstance(content, list) else content
+    wrong = f'ACT: {path} must hold lists of heads by layer, e.g. {{"2": [0, 5]}}; for one of several, {path}#NAME.'
+    if not isinstance(lists, dict) or not all(str(layer).isdecimal() for layer in lists):
+        raise ConfigError(wrong)
+    for heads in lists.values():
+        if not isinstance(heads, list) or not all(isinstance(head, int) for head in heads):
+            raise ConfigError(wrong)
+    return {int(layer): tuple(heads) for layer, heads in lists.items() if heads}
 
 
 def rows_that_see(rows: Tensor, mask: Tensor | None, call: AttentionCall) -> Tensor:
