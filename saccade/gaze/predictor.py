@@ -168,7 +168,7 @@ class ScanpathPredictor(LightningModule):
         due = self.paths_every and (stage == "test" or (self.current_epoch + 1) % self.paths_every == 0)
         if due and data is not None and not self.trainer.sanity_checking:
             for name, value in self.sampled_scores(data, stage).items():
-                self.log(f"{stage}/{name}", value)  # every process samples the same
+                self.log(f"{stage}/{name}", value, sync_dist=True)  # every process samples the same
 
     @torch.no_grad()
     def sampled_scores(self, data: Any, stage: Literal["val", "test"]) -> dict[str, float]:  # noqa: ANN401 - any data
