@@ -19,6 +19,8 @@ EXAMPLES = {"demo": ["saccade demo -o demo/", "saccade demo slides -o demo/ --ov
 PARTS = {
     "images": "train a classifier, classify a folder with broken files, see where it looks",
     "slides": "whole slides from scanner file to heatmap; how well attention finds the lesion",
+    "gaze": "learn to predict where viewers look, beside chance and the viewers themselves",
+    "decoding": "change the attention of a multimodal model while it writes",
 }
 MARKER = "made-by-saccade-demo.txt"
 

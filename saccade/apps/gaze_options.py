@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from saccade.gaze import ScanpathSet
 
-__all__ = ["add_reading_options", "note", "read_paths", "size"]
+__all__ = ["add_reading_options", "note", "noted", "read_paths", "size"]
 
 
 def size(text: str) -> tuple[float, float]:
@@ -59,11 +61,9 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
 def read_paths(path: str, args: argparse.Namespace) -> ScanpathSet:
     """Read a file as the options say, and print what is unusual about it."""
     from saccade.gaze import read_scanpaths
-    from saccade.gaze.validation import ScanpathWarning
 
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ScanpathWarning)
-        paths = read_scanpaths(
+    with noted(quiet=args.quiet):
+        return read_scanpaths(
             path,
             format=args.format,
             size=args.size,
@@ -72,9 +72,18 @@ def read_paths(path: str, args: argparse.Namespace) -> ScanpathSet:
             off_image=args.off_image,
             allow_pickle=args.allow_pickle,
         )
-    for warning in caught:
-        note(f"note: {warning.message}", args)
-    return paths
+
+
+@contextlib.contextmanager
+def noted(*, quiet: bool) -> Iterator[None]:
+    """Print what readers find unusual as lines on standard error, or nothing if quiet."""
+    from saccade.gaze.validation import ScanpathWarning
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ScanpathWarning)
+        yield
+    for warning in caught if not quiet else ():
+        print(f"note: {warning.message}", file=sys.stderr)
 
 
 def note(text: str, args: argparse.Namespace) -> None:

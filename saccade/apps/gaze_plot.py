@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from saccade.apps.gaze_options import noted
 from saccade.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ def chosen(args: argparse.Namespace, file: str, name: str) -> ScanpathSet:
     """
     from saccade.gaze.formats import read_scanpaths
 
-    paths = read_scanpaths(file)
+    with noted(quiet=False):
+        paths = read_scanpaths(file)
     names = {image for image in paths.image if image == name or Path(image).name == Path(name).name}
     kept = paths.filter(image=names)
     if args.task is not None:

@@ -1,9 +1,10 @@
 """A LLaVA with random weights in a folder, complete with tokenizer, image processor and chat template."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+__all__ = ["write_random_llava"]
 
 TEMPLATE = (
     "{% for message in messages %}USER: {% for part in message['content'] %}"
@@ -12,13 +13,21 @@ TEMPLATE = (
 )
 
 
-def write_tiny_llava(folder: Path, *, context: int = 256) -> Path:
-    """Write a model of four layers over single bytes; its answers are noise.
+def write_random_llava(
+    folder: Path, *, context: int = 256, image_px: int = 16, patch_px: int = 4, width: int = 32, layers: int = 4
+) -> Path:
+    """Write a decoder with four heads over single bytes, behind a small vision tower; its answers are noise.
 
     Args:
         folder: Where to.
         context: Longest sequence in tokens.
+        image_px: Side of the pictures that the vision tower sees.
+        patch_px: Side of a patch, one visual token.
+        width: Of the decoder.
+        layers: Of the decoder.
     """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import (
         CLIPImageProcessor,
         CLIPVisionConfig,
@@ -39,11 +48,11 @@ def write_tiny_llava(folder: Path, *, context: int = 256) -> Path:
         pad_token="<pad>",
         additional_special_tokens=["<image>"],
     )
-    size = {"height": 16, "width": 16}
+    size = {"height": image_px, "width": image_px}
     processor = LlavaProcessor(
-        CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size),
+        CLIPImageProcessor(size={"shortest_edge": image_px}, crop_size=size),
         tokenizer,
-        patch_size=4,
+        patch_size=patch_px,
         vision_feature_select_strategy="default",
         image_token="<image>",
         num_additional_image_tokens=1,
@@ -55,14 +64,14 @@ def write_tiny_llava(folder: Path, *, context: int = 256) -> Path:
             intermediate_size=24,
             num_hidden_layers=2,
             num_attention_heads=2,
-            image_size=16,
-            patch_size=4,
+            image_size=image_px,
+            patch_size=patch_px,
         ),
         text_config=LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=4,
+            hidden_size=width,
+            intermediate_size=width * 3 // 2,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=context,
