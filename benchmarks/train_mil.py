@@ -103,18 +103,21 @@ def fold_accuracy(
     return float((predicted == labels[test]).mean())
 
 
+def read_cases(path: Path) -> list[dict[str, object]]:
+    """Return what is in the results, perhaps from a run beside this one."""
+    return json.loads(path.read_text())["cases"] if path.exists() else []
+
+
 def main() -> None:
     """Run what is not in the results yet, and save after every model."""
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     path = RESULTS / "train_mil.json"
-    cases = json.loads(path.read_text())["cases"] if path.exists() else []
-    done = {(case["set"], case["model"]) for case in cases}
     for name in SETS:
         bags, labels = read(name)
         folds = list(StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(np.zeros(len(labels)), labels))
-        for model in models():
-            if (name, model) in done:
+        for model in sorted(models(), key=lambda model: (name, model) not in REFERENCE):  # those that can be compared
+            if any((case["set"], case["model"]) == (name, model) for case in read_cases(path)):
                 continue
             start = time.perf_counter()
             accuracies = [fold_accuracy(model, bags, labels, train, test) for train, test in folds]
@@ -124,7 +127,7 @@ def main() -> None:
             seconds = time.perf_counter() - start
             print(f"{name:<9}{model:<10} accuracy {mean:.3f} +- {spread:.3f}{beside}   {seconds:.0f} s", flush=True)
             case = {"set": name, "model": model, "mean": mean, "std": spread}
-            cases.append(case | {"folds": accuracies, "seconds": seconds})
+            cases = [*read_cases(path), case | {"folds": accuracies, "seconds": seconds}]
             path.write_text(json.dumps({"machine": machine(), "cases": cases}, indent=1) + "\n")
 
 

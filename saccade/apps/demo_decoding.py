@@ -48,7 +48,7 @@ def show(session: Session) -> tuple[str, dict[str, str]]:
     from saccade.apps.demo_model import write_random_llava
     from saccade.vlm import load_vlm, prompt_attention
 
-    write_random_llava(Path("llava"), context=512, image_px=IMAGE_PX, patch_px=PATCH_PX, width=64, layers=6)
+    write_random_llava(Path("llava"), context=512, image_px=IMAGE_PX, patch_px=PATCH_PX, width=64, layers=6, gain=10.0)
     picture = Image.fromarray(data.chelsea()).crop((75, 0, 375, 300))
     picture.save("cat.png")
     session.call(

@@ -14,7 +14,14 @@ TEMPLATE = (
 
 
 def write_random_llava(
-    folder: Path, *, context: int = 256, image_px: int = 16, patch_px: int = 4, width: int = 32, layers: int = 4
+    folder: Path,
+    *,
+    context: int = 256,
+    image_px: int = 16,
+    patch_px: int = 4,
+    width: int = 32,
+    layers: int = 4,
+    gain: float = 40.0,
 ) -> Path:
     """Write a decoder with four heads over single bytes, behind a small vision tower; its answers are noise.
 
@@ -25,6 +32,7 @@ def write_random_llava(
         patch_px: Side of a patch, one visual token.
         width: Of the decoder.
         layers: Of the decoder.
+        gain: Of the decoder's weights over those at the start of training, whose attention is all even.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -84,9 +92,9 @@ def write_random_llava(
     )
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config)
-    for name, weight in model.named_parameters():  # larger than at the start of training, or attention is all even
+    for name, weight in model.named_parameters():
         if weight.ndim == 2:
-            weight.data *= 40 if "language_model" in name else 5
+            weight.data *= gain if "language_model" in name else 5
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

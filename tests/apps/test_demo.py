@@ -66,3 +66,24 @@ def test_slides(tmp_path):
     outlines = list((tmp_path / "demo/slides/lesions").glob("*.geojson"))
     assert len(outlines) == 20
     assert json.loads(outlines[0].read_text())["features"]
+
+
+@pytest.mark.slow
+def test_gaze_and_decoding(tmp_path):
+    """A small OAT beats random objects; neutral interventions write what the model writes, the others move weight."""
+    done = run_cli("demo", "gaze", "decoding", "-o", "demo", cwd=tmp_path, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = (tmp_path / "demo/report.html").read_text(encoding="utf-8")
+    pictures = re.findall(r'<img[^>]* src="([^"]+)"', report)
+    assert len(pictures) == 4
+    assert all((tmp_path / "demo" / picture).stat().st_size > 1000 for picture in pictures)
+    oat, chance, ceiling = (
+        float(re.search(rf"{who} (\d\.\d+)", done.stdout)[1]) for who in ("OAT", "objects", "themselves")
+    )
+    assert chance < oat < ceiling
+    assert "6 of 6 methods with neutral settings write what the model writes" in done.stdout
+    before, *after = map(
+        float, re.findall(r"(?:image|VAR|GIFT|ACT|PAI|VAF) (\d\.\d+)", done.stdout.partition("weight on")[2])
+    )
+    assert len(after) == 5
+    assert sum(abs(mass - before) > 0.01 for mass in after) >= 4

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from saccade.apps.cli import main
+from saccade.apps.demo_model import write_random_llava
 from saccade.batch import BatchOptions
 from saccade.errors import CheckpointError, ConfigError, MissingResourceError
 from saccade.vlm import VAR, GenerationOptions, generate_answers, intervene, load_vlm, read_questions
 from tests.helpers import run_cli
-from saccade.apps.demo_model import write_random_llava
 
 VAR_SETTINGS = {"sink_channels": (1, 2), "tau": 2.0, "min_visual_mass": 0.0, "min_nonsink_share": 0.0}
 

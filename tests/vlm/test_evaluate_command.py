@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from saccade.apps.cli import main
-from tests.helpers import run_cli
 from saccade.apps.demo_model import write_random_llava
+from tests.helpers import run_cli
 
 CLASSES = ("dog", "cat", "car", "bus", "tv", "bed", "cup", "kite")
 
