@@ -270,9 +270,9 @@ def write_search(folder: Path) -> None:
 def write_questions(folder: Path) -> None:
     """Write ``questions.jsonl`` about the pictures in ``mixed/``, and ``llava/``, a tiny model with random weights."""
     sys.path.insert(0, str(PAGE.parents[1]))
-    from saccade.apps.demo_model import write_random_llava
+    from tests.vlm.tiny_folder import write_tiny_llava
 
-    write_random_llava(folder / "llava")
+    write_tiny_llava(folder / "llava")
     rows = [("cat", "33.png", "Describe the image."), ("second", "broken.jpg", "Is there a dog?")]
     lines = [f'{{"id": "{key}", "image": "{image}", "prompt": "{prompt}"}}\n' for key, image, prompt in rows]
     (folder / "questions.jsonl").write_text("".join(lines), encoding="utf-8")

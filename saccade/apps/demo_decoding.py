@@ -10,8 +10,9 @@ from saccade.apps.demo_report import Session, table
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
-    from saccade.vlm import Intervention, LoadedVLM, PromptAttention
+    from saccade.vlm import Intervention, LoadedVLM
 
 __all__ = ["show"]
 
@@ -46,37 +47,42 @@ def show(session: Session) -> tuple[str, dict[str, str]]:
     from skimage import data
 
     from saccade.apps.demo_model import write_random_llava
-    from saccade.vlm import load_vlm, prompt_attention
+    from saccade.apps.vlm_options import no_loading_bars
+    from saccade.vlm import Answerer, GenerationOptions, Question, load_vlm, map_answer
 
-    write_random_llava(Path("llava"), context=512, image_px=IMAGE_PX, patch_px=PATCH_PX, width=64, layers=6, gain=10.0)
+    no_loading_bars()
+    write_random_llava(Path("llava"), image_px=IMAGE_PX, patch_px=PATCH_PX)
     picture = Image.fromarray(data.chelsea()).crop((75, 0, 375, 300))
     picture.save("cat.png")
+    layers = ",".join(map(str, LAYERS))
     session.call(
-        f"saccade vlm generate -m local-dir:llava/ --image cat.png --prompt '{PROMPT}' --intervention pai "
-        f"--set 'layers=[1,2,3,4]' --max-new-tokens {NEW_TOKENS}"
+        f"saccade vlm attend -m local-dir:llava/ --image cat.png --prompt '{PROMPT}' --intervention pai "
+        f"--set 'layers=[{layers}]' --layers {layers} --max-new-tokens {NEW_TOKENS} -o looks/ --progress none"
     )
     loaded = load_vlm("local-dir:llava/")
-    inputs = prepare(loaded, picture)
-    tokens, logits = generate(loaded, inputs)
-    plain = prompt_attention(loaded.model, inputs)
-    rows, maps = [], {"without": plain}
+    options = GenerationOptions(max_new_tokens=NEW_TOKENS)
+    question = Question("cat", "cat.png", PROMPT, Path("cat.png"))
+    plain = map_answer(Answerer(loaded, options=options), question, picture, layers=LAYERS)
+    tokens, logits = generate(loaded, plain.inputs)
+    rows, maps = [], {"without": plain.weights.mean(0)}
     for name, (method, neutral) in methods().items():
-        same, neutral_logits = generate(loaded, inputs, neutral)
-        changed, _ = generate(loaded, inputs, method)
-        maps[name] = prompt_attention(loaded.model, inputs, method, tokenizer=loaded.processor)
+        same, neutral_logits = generate(loaded, plain.inputs, neutral)
+        changed, _ = generate(loaded, plain.inputs, method)
+        answerer = Answerer(loaded, [method], options)
+        found = map_answer(answerer, question, picture, layers=LAYERS, token_ids=plain.token_ids)
+        maps[name] = found.weights.mean(0)
         rows.append(
             [
                 name,
                 "the same" if torch.equal(same, tokens) else "others",
                 f"{float((neutral_logits - logits).abs().max() / logits.abs().max()):.1e}",
                 int((changed != tokens).sum()),
-                image_share(plain),
-                image_share(maps[name]),
+                float(maps["without"].sum()),
+                float(maps[name].sum()),
             ]
         )
     draw_maps(picture, maps, Path("maps.png"))
     stock = sum(row[1] == "the same" for row in rows)
-    moved = ", ".join(f"{row[0]} {row[5]:.2f}" for row in rows)
     values = {
         "patches": f"{GRID} x {GRID}",
         "layers": f"{LAYERS[0]} to {LAYERS[-1]}",
@@ -87,17 +93,9 @@ def show(session: Session) -> tuple[str, dict[str, str]]:
     }
     result = (
         f"{stock} of {len(rows)} methods with neutral settings write what the model writes without them; weight on the "
-        f"image {image_share(plain):.2f}, then {moved}."
+        f"image {float(maps['without'].sum()):.2f}, then {', '.join(f'{row[0]} {row[5]:.2f}' for row in rows)}."
     )
     return result, values
-
-
-def prepare(loaded: LoadedVLM, picture: Image.Image) -> dict[str, Any]:
-    """Return the inputs of the model for the prompt and a picture."""
-    from saccade.vlm import Answerer, GenerationOptions, Question
-
-    answerer = Answerer(loaded, options=GenerationOptions(max_new_tokens=NEW_TOKENS))
-    return dict(answerer.inputs([Question("cat", "cat.png", PROMPT, Path("cat.png"))], [picture]))
 
 
 def generate(loaded: LoadedVLM, inputs: dict[str, Any], *interventions: Intervention) -> tuple[Any, Any]:
@@ -119,31 +117,24 @@ def generate(loaded: LoadedVLM, inputs: dict[str, Any], *interventions: Interven
     return found.sequences[:, -NEW_TOKENS:], torch.stack(found.logits, 1)
 
 
-def image_share(found: PromptAttention) -> float:
-    """Return the mean weight of the last token on the image in the changed layers."""
-    return float(found.image_mass[list(LAYERS)].mean())
-
-
-def draw_maps(picture: Image.Image, maps: Mapping[str, PromptAttention], path: Path) -> None:
-    """Draw where on the picture the last token looks, with and without each method, in the same colours."""
+def draw_maps(picture: Image.Image, maps: Mapping[str, Tensor], path: Path) -> None:
+    """Draw where on the picture the answer looked, with and without each method, in the same colours."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    grids = {
-        name: found.weights[list(LAYERS)][..., found.image_mask[0]].mean((0, 1, 2)).reshape(GRID, GRID)
-        for name, found in maps.items()
-    }
-    highest = max(float(grid.max()) for grid in grids.values())
+    highest = max(float(weights.max()) for weights in maps.values())
     figure = Figure(figsize=(12, 6.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 4).ravel()
     axes[0].imshow(picture)
     axes[0].set_title("the picture")
     extent = (0, picture.width, picture.height, 0)
-    for axis, (name, grid) in zip(axes[1:], grids.items(), strict=False):
-        axis.imshow(picture.convert("L"), cmap="gray", alpha=0.5)
-        drawn = axis.imshow(grid, cmap="inferno", alpha=0.65, vmin=0, vmax=highest, extent=extent)
-        axis.set_title(f"{name}: {image_share(maps[name]):.2f} on the image")
+    for axis, (name, weights) in zip(axes[1:], maps.items(), strict=True):
+        axis.imshow(picture.convert("L"), cmap="gray")
+        drawn = axis.imshow(
+            weights.reshape(GRID, GRID), cmap="inferno", alpha=0.65, vmin=0, vmax=highest, extent=extent
+        )
+        axis.set_title(f"{name}: {float(weights.sum()):.2f} on the image")
     for axis in axes:
         axis.set_axis_off()
     figure.colorbar(drawn, ax=list(axes), shrink=0.7, label="mean weight of a patch")

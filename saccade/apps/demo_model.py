@@ -16,12 +16,12 @@ TEMPLATE = (
 def write_random_llava(
     folder: Path,
     *,
-    context: int = 256,
-    image_px: int = 16,
-    patch_px: int = 4,
-    width: int = 32,
-    layers: int = 4,
-    gain: float = 40.0,
+    context: int = 512,
+    image_px: int = 112,
+    patch_px: int = 8,
+    width: int = 64,
+    layers: int = 6,
+    gain: float = 10.0,
 ) -> Path:
     """Write a decoder with four heads over single bytes, behind a small vision tower; its answers are noise.
 

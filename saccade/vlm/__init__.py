@@ -15,7 +15,6 @@ from saccade.vlm.loading import LoadedVLM, load_vlm
 from saccade.vlm.model_facts import ModelFacts, read_facts
 from saccade.vlm.presets import MODEL_PRESETS, ModelPreset
 from saccade.vlm.questions import Question, read_questions
-from saccade.vlm.row_weights import PromptAttention, prompt_attention
 
 __all__ = [
     "ACT",
@@ -43,7 +42,6 @@ __all__ = [
     "LoadedVLM",
     "ModelFacts",
     "ModelPreset",
-    "PromptAttention",
     "Question",
     "attend_answers",
     "compare_answer",
@@ -58,7 +56,6 @@ __all__ = [
     "load_vlm",
     "make_intervention",
     "map_answer",
-    "prompt_attention",
     "read_facts",
     "read_questions",
     "seen_picture",

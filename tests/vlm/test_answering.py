@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from saccade.apps.cli import main
-from saccade.apps.demo_model import write_random_llava
 from saccade.batch import BatchOptions
 from saccade.errors import CheckpointError, ConfigError, MissingResourceError
 from saccade.vlm import VAR, GenerationOptions, generate_answers, intervene, load_vlm, read_questions
 from tests.helpers import run_cli
+from tests.vlm.tiny_folder import write_tiny_llava
 
 VAR_SETTINGS = {"sink_channels": (1, 2), "tau": 2.0, "min_visual_mass": 0.0, "min_nonsink_share": 0.0}
 
@@ -21,7 +21,7 @@ VAR_SETTINGS = {"sink_channels": (1, 2), "tau": 2.0, "min_visual_mass": 0.0, "mi
 def place(tmp_path_factory):
     """Return a folder with a model, pictures (one broken, one missing) and questions."""
     folder = tmp_path_factory.mktemp("vlm")
-    write_random_llava(folder / "llava")
+    write_tiny_llava(folder / "llava")
     rng = np.random.default_rng(0)
     for name in "abcd":
         Image.fromarray(rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(folder / f"{name}.png")

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from saccade.apps.cli import main
-from saccade.apps.demo_model import write_random_llava
 from tests.helpers import run_cli
+from tests.vlm.tiny_folder import write_tiny_llava
 
 CLASSES = ("dog", "cat", "car", "bus", "tv", "bed", "cup", "kite")
 
@@ -119,7 +119,7 @@ def test_model_end_to_end(coco, capsys):
     images.mkdir()
     for name in {row["image"] for row in read_jsonl(coco / "q.jsonl")}:
         Image.new("RGB", (20, 20), (200, 30, 90)).save(images / name)
-    model = f"local-dir:{write_random_llava(coco / 'llava')}"
+    model = f"local-dir:{write_tiny_llava(coco / 'llava')}"
     arguments = ["-m", model, "--image-folder", str(images), "--max-new-tokens", "2", "--device", "cpu", "-q"]
     arguments += ["--intervention", "vhr", "--set", "alpha=3", "--set", "layers=[1,2]", "--resamples", "100"]
     out = coco / "out"
