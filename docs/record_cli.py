@@ -171,7 +171,7 @@ SCREENS = {
     "demo": (
         "Shows what the parts do on data that is generated or comes with the installation, offline, and writes "
         "`report.html`: a table of the parts with their times, then pictures, figures and the commands of each.",
-        ["saccade demo -o demo/"],
+        ["saccade demo decoding -o demo/"],
     ),
     "completion": (
         "Prints a completion script; it is static, so a key press starts no Python.",

@@ -56,10 +56,10 @@ def run_part(name: str, out: Path) -> Outcome:
     folder = out / name
     folder.mkdir()
     print(f"$ cd {shlex.quote(str(folder))}   # {PARTS[name]}", flush=True)
-    start = time.monotonic()
+    start, start_of_cpu = time.monotonic(), time.process_time()
     session = Session()
     with contextlib.chdir(folder):
         result, values = importlib.import_module(f"saccade.apps.demo_{name}").show(session)
-    seconds = time.monotonic() - start
-    print(f"{name}: {result}   {seconds:.0f} s\n", flush=True)
-    return Outcome(name, PARTS[name], result, seconds, session.lines, values)
+    seconds, cpu = time.monotonic() - start, time.process_time() - start_of_cpu
+    print(f"{name}: {result}   {seconds:.0f} s, {cpu:.0f} s of CPU\n", flush=True)
+    return Outcome(name, PARTS[name], result, seconds, cpu, session.lines, values)

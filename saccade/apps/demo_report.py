@@ -73,7 +73,7 @@ def page(outcomes: Sequence[Outcome]) -> str:
     """Return the report: a table of the parts, then each of them."""
     rows = "\n".join(
         f'<tr><td><a href="#{o.name}">{o.name}</a></td><td>{html.escape(o.summary)}</td>'
-        f"<td>{html.escape(o.result)}</td><td>{o.seconds:.0f} s</td></tr>"
+        f"<td>{html.escape(o.result)}</td><td>{o.seconds:.0f} s</td><td>{o.cpu_seconds:.0f} s</td></tr>"
         for o in outcomes
     )
     sections = [f'<section id="{o.name}">\n{section(o)}</section>' for o in outcomes]

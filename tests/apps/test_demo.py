@@ -36,9 +36,11 @@ def test_a_command_that_ends_otherwise_than_expected_stops_the_demo():
 
 def test_the_report_begins_with_a_table_of_its_parts_and_escapes_what_it_is_given():
     values = {name: "" for name in ("train_images", "scene_px", "wide_px", "predictions")}
-    outcome = Outcome("images", PARTS["images"], "a < b", 12.3, ["saccade test <run> & more"], values)
+    outcome = Outcome("images", PARTS["images"], "a < b", 12.3, 9.8, ["saccade test <run> & more"], values)
     shown = page([outcome])
-    assert re.search(r'<tr><td><a href="#images">images</a></td><td>.*</td><td>a &lt; b</td><td>12 s</td></tr>', shown)
+    assert re.search(
+        r'<tr><td><a href="#images">images</a></td><td>.*</td><td>a &lt; b</td><td>12 s</td><td>10 s</td></tr>', shown
+    )
     assert '<section id="images">' in shown
     assert "$ saccade test &lt;run&gt; &amp; more" in shown
     assert "$" not in re.sub(r"\$ saccade", "", shown), "a placeholder was left"
