@@ -102,6 +102,7 @@ def training_config(args: argparse.Namespace, split: Path | None) -> dict[str, A
 
     data = {"root": str(feature_folder(args.bags)), "labels": args.labels, "label_column": args.label_column}
     data |= {"task": args.task} | ({"split": str(split)} if split else {})
+    data |= {"standardize": True} if args.standardize else {}
     model: dict[str, Any] = {"model": args.model, "lr": args.lr, "aem": args.aem}
     if args.class_weights:
         model["class_weights"] = args.class_weights

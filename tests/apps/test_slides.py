@@ -2,7 +2,8 @@
 
 import csv
 
-from saccade.apps.cli import main
+from saccade.apps.cli import COMMANDS, build_parser, main
+from saccade.apps.slides_training import training_config
 from tests.bag_folders import write_bags
 
 
@@ -38,3 +39,18 @@ def test_mistakes(tmp_path, monkeypatch, capsys):
     assert "several sets of features" in capsys.readouterr().err
     assert main(["slides", "split", "labels.csv", "-o", "s", "--stratify", "colour"]) == 2
     assert "nothing in column 'colour'" in capsys.readouterr().err
+
+
+def test_options_of_training_reach_its_config(tmp_path):
+    command = next(command for command in COMMANDS if command.name == "slides")
+    line = [str(tmp_path), "--labels", "labels.csv", "--class-weights", "balanced", "--aem", "0.1", "--patience", "3"]
+    plain = training_config(build_parser(command).parse_args(["train", *line]), None)
+    assert "standardize" not in plain["data"]["init_args"]
+    config = training_config(
+        build_parser(command).parse_args(["train", *line, "--standardize"]), tmp_path / "fold0.csv"
+    )
+    assert config["data"]["init_args"]["standardize"] is True
+    assert config["data"]["init_args"]["split"] == str(tmp_path / "fold0.csv")
+    assert config["model"]["init_args"]["class_weights"] == "balanced"
+    assert config["model"]["init_args"]["aem"] == 0.1
+    assert config["trainer"]["callbacks"][0]["init_args"]["patience"] == 3
