@@ -45,6 +45,7 @@ class Outcome:
         summary: What it is about.
         result: The finding, in a line of plain text.
         seconds: How long it took.
+        cpu_seconds: What it took of all cores together, whatever else they were doing.
         lines: Commands.
         values: HTML by placeholder of ``demo_pages/NAME.html``.
     """
@@ -53,6 +54,7 @@ class Outcome:
     summary: str
     result: str
     seconds: float
+    cpu_seconds: float
     lines: list[str]
     values: dict[str, str]
 
