@@ -77,7 +77,7 @@ def test_gaze_and_decoding(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     report = (tmp_path / "demo/report.html").read_text(encoding="utf-8")
     pictures = re.findall(r'<img[^>]* src="([^"]+)"', report)
-    assert len(pictures) == 4
+    assert len(pictures) == 5
     assert all((tmp_path / "demo" / picture).stat().st_size > 1000 for picture in pictures)
     oat, chance, ceiling = (
         float(re.search(rf"{who} (\d\.\d+)", done.stdout)[1]) for who in ("OAT", "objects", "themselves")
