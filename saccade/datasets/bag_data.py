@@ -360,7 +360,7 @@ class BagData(LightningDataModule):
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
         sampler = TrainingSampler(dataset, *world(), seed=torch.initial_seed() % 2**31, epoch=epoch, skip=0)
         return DataLoader(
-            dataset, self.batch_size, sampler=sampler, num_workers=self.num_workers, collate_fn=collate_bags
+            dataset, batch_size=self.batch_size, sampler=sampler, num_workers=self.num_workers, collate_fn=collate_bags
         )
 
     def evaluation_loader(self, name: str) -> DataLoader[dict[str, Any]]:
@@ -368,7 +368,7 @@ class BagData(LightningDataModule):
         dataset = BagDataset(self, self.part(name), training=False)
         return DataLoader(
             dataset,
-            self.batch_size,
+            batch_size=self.batch_size,  # by name: Lightning makes the loader anew for predictions
             sampler=EvaluationSampler(dataset, *world()),
             num_workers=self.num_workers,
             collate_fn=collate_bags,

@@ -2,6 +2,8 @@
 
 import csv
 
+import pytest
+
 from saccade.apps.cli import COMMANDS, build_parser, main
 from saccade.apps.slides_training import training_config
 from tests.bag_folders import write_bags
@@ -27,6 +29,14 @@ def test_from_labels_to_predictions(tmp_path, monkeypatch, capsys):
     with (tmp_path / "predictions.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 24
+    assert main(["predict", "runs/abmil", "-o", "lightning.csv", "-q"]) == 0  # the same through Lightning
+    with (tmp_path / "lightning.csv").open() as stream:
+        others = list(csv.DictReader(stream))
+    assert [(row["path"], row["label"], row["n_tiles"]) for row in others] == [
+        (row["path"], row["label"], row["n_tiles"]) for row in rows
+    ]
+    for ours, theirs in zip(others, rows, strict=True):
+        assert float(ours["prob_tumour"]) == pytest.approx(float(theirs["prob_tumour"]), abs=2e-6)
     assert len(list((tmp_path / "att").glob("*.h5"))) == 24
 
 
