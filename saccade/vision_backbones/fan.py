@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from saccade.checkpoints import unwrap_state_dict
 from saccade.errors import ConfigError
-from saccade.vision_backbones.block_maps import BlockMaps, init_linear
+from saccade.vision_backbones.block_maps import BlockMaps
 from saccade.vision_backbones.fan_blocks import (
     NORM_EPS,
     Block,
@@ -35,6 +35,7 @@ from saccade.vision_backbones.fan_blocks import (
     conv_stem,
     init_lpi,
 )
+from saccade.vision_backbones.feature_maps import init_linear
 from saccade.vision_backbones.recompute import Stage
 from saccade.vision_backbones.registration import build, published, register_variants
 from saccade.vision_backbones.token_pooling import fit_token_pooling
@@ -219,7 +220,12 @@ class FAN(BlockMaps):
         return self.forward_head(self.forward_features(x))
 
     @torch.jit.ignore
-    def steps(self, x: Tensor) -> Iterator[Tensor]:
+    def steps(self, x: Tensor, norm: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield features and maps."""
+        yield from self.with_norm(self.maps(x), norm)
+
+    @torch.jit.ignore
+    def maps(self, x: Tensor) -> Iterator[Tensor]:
         """Yield the maps that ``feature_info`` describes: of ConvNeXt's stages, and behind each block."""
         if isinstance(self.patch_embed, HybridStem):
             x = self.patch_embed.backbone.stem(x)

@@ -14,7 +14,7 @@ Differs from it:
 """
 
 # Annotations are evaluated here, not kept as text: torch.fx hands those of the model's forward on to TorchScript.
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from saccade.checkpoints import unwrap_state_dict
 from saccade.errors import ConfigError
+from saccade.vision_backbones.feature_maps import FeatureMaps
 from saccade.vision_backbones.overlock_blocks import FocusBlock, LayerScale, RepConvBlock
 from saccade.vision_backbones.overlock_stages import (
     FocusDownsample,
@@ -38,14 +38,14 @@ from saccade.vision_backbones.overlock_stages import (
 )
 from saccade.vision_backbones.recompute import Stage
 from saccade.vision_backbones.registration import build, published
-from saccade.vision_backbones.reparam import fuse_for_inference, translate_branches
+from saccade.vision_backbones.reparam import translate_branches
 
 __all__ = ["OverLoCK", "checkpoint_filter_fn", "overlock_b", "overlock_s", "overlock_t", "overlock_xt"]
 
 DENSE = ("segmentation", "detection")
 
 
-class OverLoCK(nn.Module):
+class OverLoCK(FeatureMaps):
     """Overview-first-look-closely-next network; a timm model.
 
     Args:
@@ -99,12 +99,12 @@ class OverLoCK(nn.Module):
         aux_head: bool = False,
         dense: str | None = None,
     ) -> None:
-        super().__init__()
+        context = embed_dim[3] // 4
+        super().__init__(in_chans, embed_dim[3] + context)
         if dense is not None and dense not in DENSE:
             raise ConfigError(f"dense must be None, {' or '.join(map(repr, DENSE))}; got {dense!r}.")
-        context = embed_dim[3] // 4
         fused = (*embed_dim[:2], embed_dim[2] + context, embed_dim[3] + context)
-        self.num_classes, self.in_chans, self.num_features = num_classes, in_chans, fused[3]
+        self.num_classes = num_classes
         self.projection, self.drop_rate = projection, drop_rate
         self.dense = dense
         self.last_stage = 3
@@ -213,13 +213,6 @@ class OverLoCK(nn.Module):
         return {"*.rpb1", "*.rpb2", "*.gamma", "*.beta", *(f"*{name}.weight" for name in scales)}
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the inputs of blocks for the backward pass, and run the blocks again there."""
-        for module in self.children():
-            if isinstance(module, Stage | FocusStage):
-                module.grad_checkpointing = enable
-
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """Return the classifier; an identity if there is none."""
         return nn.Identity() if self.head is None else self.head[4]
@@ -254,12 +247,6 @@ class OverLoCK(nn.Module):
             self.aux_head = auxiliary_head(projection.in_channels, num_classes).to(projection.weight)
             self.aux_head.apply(init_weights)
         self.train(self.training)
-
-    @torch.jit.ignore
-    def reparameterize(self) -> None:
-        """Merge branches and fold batch norms for inference, in place; logits stay the same up to rounding."""
-        self.eval()
-        fuse_for_inference(self)
 
     def focus(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Run everything at stride 16 and the Overview-Net.
@@ -310,84 +297,48 @@ class OverLoCK(nn.Module):
         return logits
 
     @torch.jit.ignore
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the maps at strides 4, 8, 16 and 32.
-
-        Args:
-            x: Images, ``(B, in_chans, H, W)``.
-            indices: Which maps: all (``None``), the last n, or a list, negative numbers counted from the end.
-            norm: Apply the norms that a model built with ``dense`` has; other models have none.
-            stop_early: Do not compute what lies behind the last map asked for.
-            output_fmt: ``"NCHW"`` or ``"NHWC"``, of the maps.
-            intermediates_only: Leave the features out.
-
-        Returns:
-            Features, as of ``forward_features`` unless stopped early or pruned, and the list of maps; or the list.
-
-        Raises:
-            ConfigError: If ``output_fmt`` is another word.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ConfigError(f"output_fmt must be 'NCHW' or 'NHWC'; got {output_fmt!r}.")
-        take, deepest = feature_take_indices(4, indices)
-        last = min(self.last_stage, deepest if stop_early else 3)
+    def steps(self, x: Tensor, norm: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield features and maps at strides 4, 8, 16 and 32; only a model built with ``dense`` has norms for maps."""
+        norm = norm and self.dense is not None
         x = self.blocks1(self.patch_embed1(x))
-        maps = [x]
-        if last >= 1:
+        yield x, self.extra_norm[0](x) if norm else x
+        if self.last_stage >= 1:
             x = self.blocks2(self.patch_embed2(x))
-            maps.append(x)
-        if last >= 2:
+            yield x, self.extra_norm[1](x) if norm else x
+        if self.last_stage >= 2:
             x, context, overview = self.focus(x)
-            maps.append(x)
-        if last == 3:
+            yield x, self.extra_norm[2](x) if norm else x
+        if self.last_stage == 3:
             x = self.sub_blocks4(self.patch_embedx(x), context)
-            maps.append(x)
-        if norm and self.dense is not None:
-            maps = [normalise(y) for normalise, y in zip(self.extra_norm, maps, strict=False)]
-            if self.dense == "detection" and last == 3:
-                maps[3] = maps[3] + self.h_proj(self.extra_norm[4](overview))
-        maps = [maps[i] if output_fmt == "NCHW" else maps[i].permute(0, 2, 3, 1) for i in take]
-        return maps if intermediates_only else (x, maps)
+            y = self.extra_norm[3](x) if norm else x
+            if norm and self.dense == "detection":
+                y = y + self.h_proj(self.extra_norm[4](overview))
+            yield x, y
 
     @torch.jit.ignore
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop what ``forward_intermediates(indices=indices)`` does not need; features then end at the last map left.
-
-        Args:
-            indices: As there.
-            prune_norm: Has no effect: the network itself runs through a norm of a model built with ``dense``.
-            prune_head: Drop the classifiers.
-
-        Returns:
-            The maps that remain, counted from 0.
-        """
-        take: list[int]
-        take, self.last_stage = feature_take_indices(4, indices)
+    def keep(self, last: int) -> None:
+        """Drop every layer behind the map ``last``."""
+        self.last_stage = last
         behind = [
             ["patch_embed2", "blocks2"],
             ["patch_embed3", "blocks3", "patch_embed4", "blocks4", "high_level_proj", "sub_blocks3"],
             ["patch_embedx", "sub_blocks4", "h_proj"],
         ]
-        for name in [name for names in behind[self.last_stage :] for name in names]:
+        for name in [name for names in behind[last:] for name in names]:
             if hasattr(self, name):
                 delattr(self, name)
-        if self.dense is not None and self.last_stage < 3:
-            self.extra_norm = self.extra_norm[: self.last_stage + 1]
-        self.num_features = self.feature_info[self.last_stage]["num_chs"]
-        if prune_head:
-            self.head, self.aux_head = None, None
-            self.num_classes, self.head_hidden_size = 0, self.num_features
-        return take
+        if self.dense is not None:
+            self.extra_norm = self.extra_norm[: last + 1]
+
+    @torch.jit.ignore
+    def drop_norm(self) -> None:
+        """Do nothing: the network itself runs through a norm of a model built with ``dense``."""
+
+    @torch.jit.ignore
+    def drop_head(self) -> None:
+        """Drop the classifiers."""
+        self.head, self.aux_head = None, None
+        self.num_classes, self.head_hidden_size = 0, self.num_features
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:

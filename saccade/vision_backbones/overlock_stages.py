@@ -6,17 +6,13 @@ import torch
 from timm.layers import create_classifier
 from torch import Tensor, nn
 
-from saccade.vision_backbones.recompute import recompute
+from saccade.vision_backbones.recompute import Stage, recompute
 
 __all__ = ["FocusDownsample", "FocusStage", "Head", "auxiliary_head", "downsample", "init_weights"]
 
 
-class FocusStage(nn.Sequential):
+class FocusStage(Stage):
     """Blocks on features and context that all see the context with which the stage began."""
-
-    def __init__(self, *blocks: nn.Module) -> None:
-        super().__init__(*blocks)
-        self.grad_checkpointing = False
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:  # type: ignore[override]
         """Transform ``(B, C + c, H, W)`` given context ``(B, c, H, W)``."""

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from saccade.checkpoints import unwrap_state_dict
 from saccade.errors import ConfigError
-from saccade.vision_backbones.block_maps import BlockMaps, init_linear
+from saccade.vision_backbones.block_maps import BlockMaps
+from saccade.vision_backbones.feature_maps import init_linear
 from saccade.vision_backbones.recompute import Stage
 from saccade.vision_backbones.registration import build, published, register_variants
 from saccade.vision_backbones.rvt_blocks import MLPS, Attention, Block, ConvMlp, new_mask, resize_mask
@@ -162,7 +163,12 @@ class RVT(BlockMaps):
         return self.forward_head(self.forward_features(x))
 
     @torch.jit.ignore
-    def steps(self, x: Tensor) -> Iterator[Tensor]:
+    def steps(self, x: Tensor, norm: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield features and maps."""
+        yield from self.with_norm(self.maps(x), norm)
+
+    @torch.jit.ignore
+    def maps(self, x: Tensor) -> Iterator[Tensor]:
         """Yield the maps behind each block."""
         x = self.patch_embed(x)
         for stage, pool in zip(self.transformers, self.pools, strict=True):
