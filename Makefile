@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# One process for each core, four at most: every one loads torch. PARALLEL= runs the tests in one.
+PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist worksteal
 READY := $(VENV)/.ready
 READY_DOCS := $(VENV)/.ready-docs
 
@@ -11,10 +13,10 @@ demo: $(READY)
 	$(BIN)/saccade demo -o demo/
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not gpu" $(PARALLEL) $(ARGS)
 
 check: lint types test
 

@@ -5,6 +5,9 @@ from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as the command line does; read when torch is imported
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: one thread in each, and in the commands they start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
