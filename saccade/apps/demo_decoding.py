@@ -29,7 +29,10 @@ def methods() -> dict[str, tuple[Intervention, Intervention]]:
 
     heads = {layer: (0, 1, 2, 3) for layer in LAYERS}
     sinks: dict[str, Any] = {"sink_channels": (1, 2, 3), "tau": 1.5, "layers": LAYERS}
-    easy = {"min_nonsink_share": 0.0, "min_visual_mass": 0.0}  # every head with a sink counts as looking at the image
+    easy: dict[str, Any] = {
+        "min_nonsink_share": 0.0,
+        "min_visual_mass": 0.0,
+    }  # every head with a sink counts as looking at the image
     return {
         "VAR": (VAR(move_fraction=0.9, **sinks, **easy), VAR(move_fraction=0.0, **sinks, **easy)),
         "GIFT": (GIFT((0,), LAYERS, 3.0, content_tokens="all"), GIFT((0,), LAYERS, 0.0, content_tokens="all")),
@@ -52,7 +55,8 @@ def show(session: Session) -> tuple[str, dict[str, str]]:
 
     no_loading_bars()
     write_random_llava(Path("llava"), image_px=IMAGE_PX, patch_px=PATCH_PX)
-    picture = Image.fromarray(data.chelsea()).crop((75, 0, 375, 300))
+    chelsea: Any = data.chelsea  # has no types
+    picture = Image.fromarray(chelsea()).crop((75, 0, 375, 300))
     picture.save("cat.png")
     layers = ",".join(map(str, LAYERS))
     session.call(

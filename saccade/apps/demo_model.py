@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 __all__ = ["write_random_llava"]
 
@@ -35,21 +36,15 @@ def write_random_llava(
         gain: Of the decoder's weights over those at the start of training, whose attention is all even.
     """
     import torch
+    import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import (
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-        PreTrainedTokenizerFast,
-    )
+
+    t: Any = transformers  # mypy does not know all arguments that its classes take
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     raw = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = t.PreTrainedTokenizerFast(
         tokenizer_object=raw,
         bos_token="<s>",
         eos_token="</s>",
@@ -57,8 +52,8 @@ def write_random_llava(
         additional_special_tokens=["<image>"],
     )
     size = {"height": image_px, "width": image_px}
-    processor = LlavaProcessor(
-        CLIPImageProcessor(size={"shortest_edge": image_px}, crop_size=size),
+    processor = t.LlavaProcessor(
+        t.CLIPImageProcessor(size={"shortest_edge": image_px}, crop_size=size),
         tokenizer,
         patch_size=patch_px,
         vision_feature_select_strategy="default",
@@ -66,8 +61,8 @@ def write_random_llava(
         num_additional_image_tokens=1,
         chat_template=TEMPLATE,
     )
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
+    config = t.LlavaConfig(
+        vision_config=t.CLIPVisionConfig(
             hidden_size=16,
             intermediate_size=24,
             num_hidden_layers=2,
@@ -75,7 +70,7 @@ def write_random_llava(
             image_size=image_px,
             patch_size=patch_px,
         ),
-        text_config=LlamaConfig(
+        text_config=t.LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=width,
             intermediate_size=width * 3 // 2,
@@ -91,7 +86,7 @@ def write_random_llava(
         vision_feature_layer=-1,
     )
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(config)
+    model = t.LlavaForConditionalGeneration(config)
     for name, weight in model.named_parameters():
         if weight.ndim == 2:
             weight.data *= gain if "language_model" in name else 5
