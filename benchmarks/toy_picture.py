@@ -41,7 +41,7 @@ def draw_answers(items: Items, answers: Mapping[str, Answers], methods: Sequence
         axis.set_axis_off()
         lines = [f"{name}: {named(answers[name][key, CAPTION_PROMPT][0], items.scenes[key])}" for name in methods]
         axis.set_title("\n".join(lines), fontsize=7.5, loc="left")
-    figure.savefig(path, dpi=80, pil_kwargs={"optimize": True})
+    figure.savefig(path, dpi=80, bbox_inches="tight", pil_kwargs={"optimize": True})
 
 
 def named(text: str, scene: Scene) -> str:
