@@ -55,7 +55,7 @@ COMMANDS: tuple[Command, ...] = (
     ),
     Command("slides", "Run on your files", "whole slides: tissue, tiles, features, training, prediction", "slides"),
     Command("merge", "Run on your files", "unite the outputs of --shard runs", "merge"),
-    Command("vlm", "Language and vision", "multimodal models under interventions: generate, evaluate", "vlm"),
+    Command("vlm", "Language and vision", "multimodal models under interventions: generate, attend, evaluate", "vlm"),
     Command("gaze", "Gaze", "scanpaths: metrics, conversion, splits", "gaze"),
     Command("list", "Catalogue", "models, operators, metrics, configs", "list_command"),
     Command("config", "Configs", "list, show, copy and check shipped configs", "config"),

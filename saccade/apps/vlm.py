@@ -10,7 +10,6 @@ __all__ = ["EXAMPLES", "SUBCOMMANDS", "add_arguments", "run"]
 EXAMPLES = {
     "vlm": [
         "saccade vlm generate -m local-dir:llava/ --image cat.jpg --prompt 'Describe the image.' --compare none,var",
-        "saccade vlm generate -m local-dir:llava/ --jsonl questions.jsonl -o answers.jsonl --intervention vhr",
         "saccade vlm attend -m local-dir:llava/ --image cat.jpg --prompt 'Describe the image.' -o looks/ "
         "--intervention var",
     ]
