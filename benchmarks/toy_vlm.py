@@ -69,7 +69,7 @@ class Recipe:
     eye_scenes: int = 8000
     eye_steps: int = 400
     language_steps: int = 120
-    joint_steps: int = 350
+    joint_steps: int = 700
     batch: int = 32
     turns: int = 2
     patch: int = 8

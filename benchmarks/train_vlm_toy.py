@@ -65,7 +65,7 @@ class Study:
     recipe: Recipe = field(default_factory=Recipe)
     seeds: tuple[int, ...] = (0, 1, 2)
     calibration: int = 16
-    test: int = 80
+    test: int = 160
     part: int = 40
 
 
