@@ -13,10 +13,9 @@ from saccade.apps.vlm_options import (
     add_generation_options,
     add_intervention_options,
     add_vlm_model_options,
-    generation_options,
+    answer_plan,
     no_loading_bars,
     number_list,
-    settings_of,
 )
 from saccade.errors import ConfigError
 
@@ -64,13 +63,8 @@ def run(args: argparse.Namespace) -> int:
     no_loading_bars()
     summary = attend_answers(
         questions,
-        model=args.model,
+        answer_plan(args),
         out=args.out,
-        intervention=args.intervention,
-        settings=settings_of(args.set),
-        preset=args.preset,
-        generation=generation_options(args),
-        trust_remote_code=args.trust_remote_code,
         layers=args.layers,
         sink_channels=args.sink_channels,
         tau=args.tau,

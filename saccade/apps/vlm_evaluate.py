@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,8 @@ from saccade.apps.vlm_options import (
     add_generation_options,
     add_intervention_options,
     add_vlm_model_options,
-    generation_options,
+    answer_plan,
     no_loading_bars,
-    settings_of,
 )
 from saccade.apps.vlm_questions import add_benchmark, moss_records, pope_questions
 from saccade.errors import ConfigError
@@ -108,20 +107,13 @@ def write_answers(args: argparse.Namespace, folder: Path) -> list[Path]:
 
     no_loading_bars()
     questions = questions_of(args)
-    methods = ["none"] if args.intervention is None else ["none", args.intervention]
-    files = [folder / f"{name}.jsonl" for name in methods]
-    for name, file in zip(methods, files, strict=True):
-        generate_answers(
-            questions,
-            model=args.model,
-            out=file,
-            intervention=None if name == "none" else name,
-            settings=settings_of(args.set) if name != "none" else {},
-            preset=args.preset,
-            generation=generation_options(args),
-            trust_remote_code=args.trust_remote_code,
-            options=batch_options(args),
-        )
+    plan = answer_plan(args)
+    plans = [replace(plan, intervention=None, settings={})]
+    if plan.intervention is not None:
+        plans.append(plan)
+    files = [folder / f"{one.intervention or 'none'}.jsonl" for one in plans]
+    for one, file in zip(plans, files, strict=True):
+        generate_answers(questions, one, out=file, options=batch_options(args))
     return files
 
 

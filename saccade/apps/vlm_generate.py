@@ -12,6 +12,7 @@ from saccade.apps.vlm_options import (
     add_generation_options,
     add_intervention_options,
     add_vlm_model_options,
+    answer_plan,
     generation_options,
     load_model,
     no_loading_bars,
@@ -61,24 +62,15 @@ def run_many(args: argparse.Namespace) -> int:
 
     no_loading_bars()
     questions = read_questions(args.jsonl, image_folder=args.image_folder)
-    plan = {
-        "model": args.model,
-        "out": args.out,
-        "intervention": args.intervention,
-        "settings": settings_of(args.set),
-        "preset": args.preset,
-        "generation": generation_options(args),
-        "trust_remote_code": args.trust_remote_code,
-        "options": batch_options(args),
-    }
+    plan, options = answer_plan(args), batch_options(args)
     if args.devices is None:
-        return finish_run(generate_answers(questions, **plan), as_json=args.json)
+        return finish_run(generate_answers(questions, plan, out=args.out, options=options), as_json=args.json)
     from saccade.apps.quiet import training_screen
     from saccade.vlm.predictor import predict_answers
 
     shared = {"devices": args.devices, "num_nodes": args.num_nodes, "strategy": args.strategy}
     with training_screen(args):
-        summary = predict_answers(questions, **plan, **shared)
+        summary = predict_answers(questions, plan, out=args.out, options=options, **shared)
     return 0 if summary is None else finish_run(summary, as_json=args.json)  # the first process has counted
 
 

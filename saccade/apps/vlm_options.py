@@ -10,13 +10,14 @@ from saccade.apps.options import comma_list
 from saccade.errors import ConfigError
 
 if TYPE_CHECKING:
-    from saccade.vlm import LoadedVLM
+    from saccade.vlm import AnswerPlan, LoadedVLM
     from saccade.vlm.answering import GenerationOptions
 
 __all__ = [
     "add_generation_options",
     "add_intervention_options",
     "add_vlm_model_options",
+    "answer_plan",
     "generation_options",
     "load_model",
     "no_loading_bars",
@@ -64,6 +65,21 @@ def generation_options(args: argparse.Namespace) -> GenerationOptions:
     from saccade.vlm.answering import GenerationOptions
 
     return GenerationOptions(args.max_new_tokens, args.temperature, args.top_p, args.num_beams)
+
+
+def answer_plan(args: argparse.Namespace) -> AnswerPlan:
+    """Collect all that answers depend on from the parsed options."""
+    from saccade.vlm import AnswerPlan
+
+    return AnswerPlan(
+        args.model,
+        args.intervention,
+        settings_of(args.set),
+        args.preset,
+        generation_options(args),
+        args.trust_remote_code,
+        args.seed,
+    )
 
 
 def settings_of(pairs: list[str]) -> dict[str, Any]:

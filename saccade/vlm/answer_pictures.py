@@ -27,7 +27,6 @@ from saccade.batch import (
 from saccade.errors import ConfigError, DataError
 from saccade.vlm.answer_maps import AnswerMaps, map_answer, sink_marks
 from saccade.vlm.answer_run import AnswerPlan, items_of, readable
-from saccade.vlm.answering import GenerationOptions
 from saccade.vlm.content_words import open_class_words
 from saccade.vlm.image_grid import ImageGrid, find_image_grid, seen_picture
 
@@ -175,14 +174,9 @@ def rendered(figure: Figure) -> Image.Image:
 
 def attend_answers(
     questions: Sequence[Question],
+    plan: AnswerPlan,
     *,
-    model: str,
     out: str | Path,
-    intervention: str | None = None,
-    settings: dict[str, Any] | None = None,
-    preset: str = "paper",
-    generation: GenerationOptions | None = None,
-    trust_remote_code: bool = False,
     layers: Collection[int] | None = None,
     sink_channels: tuple[int, ...] | None = None,
     tau: float | None = None,
@@ -199,29 +193,21 @@ def attend_answers(
 
     Args:
         questions: Unique ids; see :func:`saccade.vlm.read_questions`.
-        model: As in :func:`saccade.vlm.generate_answers`, like the next five.
+        plan: Model, method and way of writing; without a method plain decoding alone is drawn.
         out: Folder.
-        intervention: As there; ``None`` draws plain decoding alone.
-        settings: As there.
-        preset: As there.
-        generation: As there.
-        trust_remote_code: As there.
         layers: As in :func:`saccade.vlm.map_answer`, like the next two.
         sink_channels: As there.
         tau: As there.
         grid: Where the visual tokens lie; ``None`` finds it.
         words: Most words to show.
-        options: Device, shard and the like.
+        options: Device, shard and the like; the seed is the plan's.
 
     Raises:
         ConfigError: If something is wrong that concerns all questions.
     """
     options = options or BatchOptions()
-    if generation is not None and generation.num_beams > 1:
+    if plan.generation.num_beams > 1:
         raise ConfigError("The map of an answer follows one sequence; set num_beams to 1.")
-    plan = AnswerPlan(
-        model, intervention, settings or {}, preset, generation or GenerationOptions(), trust_remote_code, options.seed
-    )
     device = resolve_device(options.device)
     dtype = resolve_precision(options.precision, device)
     by_id = {question.id: question for question in questions}
@@ -241,7 +227,7 @@ def attend_answers(
     if options.dry_run:
         with run:
             return run.summary
-    seed_everything(options.seed, deterministic=options.deterministic)
+    seed_everything(plan.seed, deterministic=options.deterministic)
     answerer = plan.answerer(str(device), dtype)
     with run, use_backend(options.attention_backend):
         for (item,), (image,) in readable(run, 1, options.workers):

@@ -110,14 +110,9 @@ def items_of(questions: Sequence[Question]) -> list[Item]:
 
 def generate_answers(
     questions: Sequence[Question],
+    plan: AnswerPlan,
     *,
-    model: str,
     out: str | Path,
-    intervention: str | None = None,
-    settings: dict[str, Any] | None = None,
-    preset: str = "paper",
-    generation: GenerationOptions | None = None,
-    trust_remote_code: bool = False,
     options: BatchOptions | None = None,
 ) -> RunSummary:
     """Answer questions and write one row per question.
@@ -128,21 +123,14 @@ def generate_answers(
 
     Args:
         questions: Unique ids; see :func:`saccade.vlm.read_questions`.
-        model: As in :func:`saccade.vlm.load_vlm`.
+        plan: Model, method and way of writing.
         out: Table, e.g. ``answers.jsonl``.
-        intervention: Name of a method; ``None`` decodes plainly.
-        settings: Its parameters that differ from the preset.
-        preset: ``"paper"`` or ``"released_code"``.
-        generation: How answers are written.
-        trust_remote_code: Allow a model to bring code of its own.
-        options: Device, batch size, shard and the like.
+        options: Device, batch size, shard and the like; the seed is the plan's.
 
     Raises:
         ConfigError: If something is wrong that concerns all questions; nothing has been written then.
     """
     options = options or BatchOptions(batch_size=8)
-    generation = generation or GenerationOptions()
-    plan = AnswerPlan(model, intervention, settings or {}, preset, generation, trust_remote_code, options.seed)
     device = resolve_device(options.device)
     dtype = resolve_precision(options.precision, device)
     by_id = {question.id: question for question in questions}
@@ -159,10 +147,10 @@ def generate_answers(
     if options.dry_run:
         with run:
             return run.summary
-    seed_everything(options.seed, deterministic=options.deterministic)
+    seed_everything(plan.seed, deterministic=options.deterministic)
     answerer = plan.answerer(str(device), dtype)
     with run, use_backend(options.attention_backend):
-        size = 1 if generation.samples else options.batch_size
+        size = 1 if plan.generation.samples else options.batch_size
         for items, images in readable(run, size, options.workers):
             answer_batch(run, answerer, [by_id[item.id] for item in items], items, images, plan.columns())
     return run.summary

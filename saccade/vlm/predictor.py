@@ -27,7 +27,6 @@ from saccade.attention import use_backend
 from saccade.batch import BatchOptions, Item, Run, RunSummary, resolve_device, resolve_precision, seed_everything
 from saccade.errors import ConfigError, DataError
 from saccade.vlm.answer_run import AnswerPlan, answer_batch, items_of, try_image
-from saccade.vlm.answering import GenerationOptions
 from saccade.vlm.questions import Question
 
 __all__ = ["AnswerPredictor", "AnswerTable", "QuestionData", "predict_answers"]
@@ -281,14 +280,9 @@ def entries_of(part: Path) -> Iterator[Entry]:
 
 def predict_answers(
     questions: Sequence[Question],
+    plan: AnswerPlan,
     *,
-    model: str,
     out: str | Path,
-    intervention: str | None = None,
-    settings: dict[str, Any] | None = None,
-    preset: str = "paper",
-    generation: GenerationOptions | None = None,
-    trust_remote_code: bool = False,
     devices: int | str = "auto",
     num_nodes: int = 1,
     strategy: str = "auto",
@@ -300,17 +294,12 @@ def predict_answers(
 
     Args:
         questions: Unique ids, the same in every process.
-        model: As in :func:`saccade.vlm.generate_answers`, like the next six.
+        plan: As in :func:`saccade.vlm.generate_answers`.
         out: As there.
-        intervention: As there.
-        settings: As there.
-        preset: As there.
-        generation: As there.
-        trust_remote_code: As there.
         devices: Lightning's: how many in each node.
         num_nodes: Machines; each runs the same program, started by Slurm, torchrun or by hand as Lightning says.
         strategy: Lightning's, e.g. ``"ddp"``.
-        options: Kind of device, batch size of each process, workers, resume, screen.
+        options: Kind of device, batch size of each process, workers, resume, screen; the seed is the plan's.
 
     Returns:
         Counts in the first process, ``None`` in the others.
@@ -325,15 +314,12 @@ def predict_answers(
         )
     if options.on_error == "stop":
         raise ConfigError("on_error='stop' is for one process; several go on after a bad item.")
-    plan = AnswerPlan(
-        model, intervention, settings or {}, preset, generation or GenerationOptions(), trust_remote_code, options.seed
-    )
     dtype = resolve_precision(options.precision, resolve_device(options.device))
     table = AnswerTable(out, questions, plan, dtype=dtype, options=options)
     if options.dry_run:
         with table.run:
             return table.run.summary
-    seed_everything(options.seed, deterministic=options.deterministic)
+    seed_everything(plan.seed, deterministic=options.deterministic)
     predictor = AnswerPredictor(plan, dtype=dtype, attention_backend=options.attention_backend)
     data = QuestionData(questions, table, batch_size=options.batch_size, num_workers=options.workers)
     quiet = {

@@ -10,7 +10,7 @@ from PIL import Image
 from saccade.apps.cli import main
 from saccade.batch import BatchOptions
 from saccade.errors import CheckpointError, ConfigError, MissingResourceError
-from saccade.vlm import VAR, GenerationOptions, generate_answers, intervene, load_vlm, read_questions
+from saccade.vlm import VAR, AnswerPlan, GenerationOptions, generate_answers, intervene, load_vlm, read_questions
 from tests.helpers import run_cli
 from tests.vlm.tiny_folder import write_tiny_llava
 
@@ -43,15 +43,14 @@ def model_of(place):
 
 
 def run(place, out, **options):
-    settings = {"intervention": "var", "settings": VAR_SETTINGS, "generation": GenerationOptions(max_new_tokens=5)}
+    chosen = {"intervention": "var", "settings": VAR_SETTINGS, "generation": GenerationOptions(max_new_tokens=5)}
     batch = {"batch_size": 4, "num_workers": 0}
     for name in list(options):
-        if name in BatchOptions.__dataclass_fields__:
+        if name in BatchOptions.__dataclass_fields__ and name != "seed":
             batch[name] = options.pop(name)
     questions = read_questions(place / "questions.jsonl")
-    return generate_answers(
-        questions, model=model_of(place), out=out, options=BatchOptions(**batch), **{**settings, **options}
-    )
+    plan = AnswerPlan(model_of(place), **{**chosen, **options})
+    return generate_answers(questions, plan, out=out, options=BatchOptions(**batch))
 
 
 def rows_of(path):
@@ -138,7 +137,7 @@ def test_a_picture_of_a_hundred_megapixels(place, tmp_path):
     (tmp_path / "q.json").write_text(json.dumps(rows))
     options = BatchOptions(num_workers=0)
     questions = read_questions(tmp_path / "q.json")
-    summary = generate_answers(questions, model=model_of(place), out=tmp_path / "out.jsonl", options=options)
+    summary = generate_answers(questions, AnswerPlan(model_of(place)), out=tmp_path / "out.jsonl", options=options)
     assert (summary.done, summary.failed) == (1, 1)
     assert rows_of(tmp_path / "out.jsonl")["huge"]["error"].startswith("too many pixels for one image")
 

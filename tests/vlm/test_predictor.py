@@ -78,13 +78,12 @@ def test_what_is_refused(place, tmp_path, capsys, options, message):
 
 
 def test_a_method_that_does_not_fit_writes_nothing(place, tmp_path):
-    from saccade.vlm import read_questions
+    from saccade.vlm import AnswerPlan, read_questions
 
     questions = read_questions(place / "few.jsonl")
+    plan = AnswerPlan(f"local-dir:{place / 'llava'}", "var")
     with pytest.raises(ConfigError, match="no sink channels are published"):
-        predict_answers(
-            questions, model=f"local-dir:{place / 'llava'}", out=tmp_path / "a.jsonl", intervention="var", devices=1
-        )
+        predict_answers(questions, plan, out=tmp_path / "a.jsonl", devices=1)
     assert list(tmp_path.iterdir()) == []
 
 
