@@ -21,6 +21,7 @@ def epoch(data, number=0):
     return torch.cat([batch["image"] for batch in batches]), [name for batch in batches for name in batch["id"]]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes:UserWarning")  # on one core
 def test_training_does_not_depend_on_the_number_of_workers(root):
     augment = Augmentation(auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.5)
     alone, names = epoch(ImageFolderData(root, img_size=16, batch_size=4, num_workers=0, augment=augment))
