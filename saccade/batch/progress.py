@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["Reporter", "clock"]
 
 PLAIN_SECONDS = 30.0  # in plain mode a line is due after this time ...
-PLAIN_SHARE = 0.1  # ... or after this share of the items
+PLAIN_LINES = 10  # ... or after so many parts of the items
 FAILURES_SHOWN = 20
 
 
@@ -69,7 +69,7 @@ class Reporter:
         """Begin counting ``total`` items."""
         self.total = total
         self.started = self.last_line = time.monotonic()
-        self.next_line = max(1, int(total * PLAIN_SHARE))
+        self.next_line = -(-total // PLAIN_LINES)
         if self.mode == "bar" and total:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -97,7 +97,7 @@ class Reporter:
                 left = clock((self.total - self.finished) / max(self.rate(now), 1e-9))
                 self.say(f"{self.finished:,}/{self.total:,}  {self.rate(now):.3g} {self.unit}/s  eta {left}")
             self.last_line = now
-            self.next_line = self.finished + max(1, int(self.total * PLAIN_SHARE))
+            self.next_line = self.finished + -(-self.total // PLAIN_LINES)
 
     def fail(self, name: str, message: str) -> None:
         """Report a failed item; after twenty, only that there are more."""

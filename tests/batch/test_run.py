@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from saccade.batch import ArrayOutput, BatchOptions, Item, Run
+from saccade.batch.progress import Reporter
 from saccade.errors import ConfigError, DataError
 
 ITEMS = [Item(name, Path(name)) for name in ("a.png", "b.png", "c.png", "d/a.png")]
@@ -242,3 +243,12 @@ def test_log_file_and_failures_on_screen(tmp_path, capsys):
     assert "b.png  failed: the file is bad" in err
     assert "done 3  failed 1" in err
     assert (tmp_path / "log.txt").read_text() == err
+
+
+@pytest.mark.parametrize("total", [1, 9, 18, 30, 1000])
+def test_without_a_terminal_there_is_a_line_for_each_tenth(total, capsys):
+    reporter = Reporter("plain", unit="images")
+    reporter.start(total)
+    for _ in range(total):
+        reporter.advance()
+    assert len(capsys.readouterr().err.splitlines()) == {1: 0, 9: 8, 18: 8, 30: 9, 1000: 9}[total]
