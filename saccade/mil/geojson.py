@@ -166,21 +166,28 @@ def parse(geometry: Any, name: str, place: str) -> Iterator[Polygon]:  # noqa: A
         return
     kind, coordinates = geometry.get("type"), geometry.get("coordinates")
     if kind == "GeometryCollection":
-        for part in geometry.get("geometries") or []:
+        for part in listed(geometry.get("geometries"), place):
             yield from parse(part, name, place)
     elif kind in ("Polygon", "MultiPolygon"):
-        for rings in [coordinates] if kind == "Polygon" else coordinates or []:
+        for rings in [coordinates] if kind == "Polygon" else listed(coordinates, place):
             if not isinstance(rings, list) or not rings:
                 raise DataError(f"{place}: a polygon has no rings.", reason="bad_geojson")
             exterior, *holes = (parse_ring(ring, place) for ring in rings)
             yield Polygon(exterior, tuple(holes), name)
 
 
+def listed(parts: Any, place: str) -> list[Any]:  # noqa: ANN401 - parsed JSON
+    """Return the parts of a geometry, of which there may be none."""
+    if parts is not None and not isinstance(parts, list):
+        raise DataError(f"{place}: expected a list of parts, got {type(parts).__name__}.", reason="bad_geojson")
+    return parts or []
+
+
 def parse_ring(ring: Any, place: str) -> NDArray[np.float64]:  # noqa: ANN401 - parsed JSON
     """Return a ring ``(P, 2)`` without its repeated end."""
     try:
         points = np.array([[float(point[0]), float(point[1])] for point in ring]).reshape(-1, 2)
-    except (TypeError, ValueError, IndexError, KeyError) as error:
+    except (TypeError, ValueError, OverflowError, IndexError, KeyError) as error:
         raise DataError(f"{place}: a ring is no list of points ({error}).", reason="bad_geojson") from error
     if not np.isfinite(points).all() or np.abs(points).max(initial=0) > 2**40:
         raise DataError(f"{place}: a ring has coordinates that are no pixels.", reason="bad_geojson")

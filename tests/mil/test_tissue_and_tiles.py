@@ -125,6 +125,9 @@ def test_geojson_of_other_programs(tmp_path):
         ('{"type": "Polygon", "coordinates": [[[0, 0], [1e300, 1], [3, 3]]]}', "no pixels"),
         ('{"type": "Polygon", "coordinates": [[["a", 0], [1, 1], [3, 3]]]}', "no list of points"),
         ('{"type": "Polygon", "coordinates": []}', "no rings"),
+        (f'{{"type": "Polygon", "coordinates": [[[0, 0], [1{"0" * 400}, 1], [3, 3]]]}}', "no list of points"),
+        ('{"type": "MultiPolygon", "coordinates": 5}', "expected a list of parts, got int"),
+        ('{"type": "GeometryCollection", "geometries": true}', "expected a list of parts, got bool"),
         ("[" * 100_000, "is no JSON"),
     ],
 )
