@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -267,3 +269,14 @@ def is_zip(path: Path) -> bool:
 def first_line(error: Exception) -> str:
     """Return the first line of an error's text."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def quiet_root_logger() -> Iterator[None]:
+    """Keep open_clip's log entries from installing a handler that prints them; handlers of the application get them."""
+    root, handler = logging.getLogger(), logging.NullHandler()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)

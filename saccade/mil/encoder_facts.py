@@ -13,6 +13,7 @@ __all__ = ["ENCODERS", "EncoderFacts", "Normalization"]
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+LUNIT = ((0.70322989, 0.53606487, 0.66096631), (0.21716536, 0.26081574, 0.20723464))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 H_OPTIMUS = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
@@ -31,8 +32,9 @@ class EncoderFacts:
         options: Arguments of the architecture.
         normalization: Mean and standard deviation.
         size: Side of the input in pixels.
+        resize: Side that tiles are resized to before their middle is cut out; 0 is ``size``.
         pooling: ``"model"`` (the model's own), ``"cls"`` (class token), ``"cls+mean"`` (class token beside the mean of
-            patch tokens), or ``"stage3"`` (mean of the third stage's map).
+            patch tokens), ``"stage3"`` (mean of the third stage's map), or ``"projection"`` (CLIP's image embedding).
         prefix_tokens: Class and register tokens, for ``"cls+mean"``.
         tile_px: Tile size it was trained for.
         mpp: Resolution it was trained for, microns per pixel.
@@ -54,6 +56,7 @@ class EncoderFacts:
     mpp: float = 0.5
     gated: bool = False
     loads_from_hub: bool = True
+    resize: int = 0
 
 
 def swiglu(**options: Any) -> dict[str, Any]:  # noqa: ANN401 - timm's own
@@ -147,29 +150,22 @@ ENCODERS: dict[str, EncoderFacts] = {
                 "mlp_ratio": 5.33334,
                 "init_values": 1e-5,
             },
+            resize=256,
             gated=True,
         ),
-        EncoderFacts(
-            "H-optimus-0",
-            "timm",
-            "vit_giant_patch14_reg4_dinov2",
-            "bioptimus/H-optimus-0",
-            1536,
-            {"img_size": 224, "init_values": 1e-5, "global_pool": "token"},
-            H_OPTIMUS,
-            tile_px=224,
-            gated=True,
-        ),
-        EncoderFacts(
-            "H-optimus-1",
-            "timm",
-            "vit_giant_patch14_reg4_dinov2",
-            "bioptimus/H-optimus-1",
-            1536,
-            {"img_size": 224, "init_values": 1e-5, "global_pool": "token"},
-            H_OPTIMUS,
-            tile_px=224,
-            gated=True,
+        *(
+            EncoderFacts(
+                f"H-optimus-{version}",
+                "timm",
+                "vit_giant_patch14_reg4_dinov2",
+                f"bioptimus/H-optimus-{version}",
+                1536,
+                {"img_size": 224, "init_values": 1e-5, "global_pool": "token"},
+                H_OPTIMUS,
+                tile_px=224,
+                gated=True,
+            )
+            for version in (0, 1)
         ),
         *(
             EncoderFacts(
@@ -184,7 +180,13 @@ ENCODERS: dict[str, EncoderFacts] = {
             for name, model, hub, dim, options in KAIKO
         ),
         EncoderFacts(
-            "Lunit-S8", "timm", "vit_small_patch8_224", "1aurent/vit_small_patch8_224.lunit_dino", 384, {}, gated=False
+            "Lunit-S8",
+            "timm",
+            "vit_small_patch8_224",
+            "1aurent/vit_small_patch8_224.lunit_dino",
+            384,
+            normalization=LUNIT,
+            tile_px=224,
         ),
         EncoderFacts(
             "GPFM",
@@ -234,7 +236,7 @@ ENCODERS: dict[str, EncoderFacts] = {
             normalization=CLIP,
             tile_px=224,
         ),
-        EncoderFacts("PLIP", "open_clip", "ViT-B-32-quickgelu", "vinid/plip", 512, {}, CLIP, tile_px=224),
+        EncoderFacts("PLIP", "transformers", "", "vinid/plip", 512, {}, CLIP, pooling="projection", tile_px=224),
         EncoderFacts(
             "QuiltNet", "open_clip", "ViT-B-32-quickgelu", "wisdomik/QuiltNet-B-32", 512, {}, CLIP, tile_px=224
         ),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saccade.checkpoints import file_digest, first_line, load_weights, read_state_dict
+from saccade.checkpoints import file_digest, first_line, load_weights, quiet_root_logger, read_state_dict
 from saccade.errors import ConfigError, MissingDependencyError, MissingResourceError, require, suggest
 from saccade.mil.encoder_facts import ENCODERS, IMAGENET, EncoderFacts, Normalization
 from saccade.mil.stain_texture import FEATURE_NAMES, stain_texture
@@ -30,6 +30,7 @@ class Encoder:
         function: Maps normalised images ``(B, 3, Y, X)`` to ``(B, D)``.
         dim: D.
         size: Side of the input in pixels; 0 takes tiles as they are.
+        resize: Side that tiles are resized to before their middle is cut out; 0 is ``size``.
         normalization: Mean and standard deviation of values in 0..1.
         weights: Where the weights come from, for the record.
         facts: What is known of a published one, for warnings.
@@ -42,11 +43,13 @@ class Encoder:
     normalization: Normalization = IMAGENET
     weights: str = ""
     facts: EncoderFacts | None = None
+    resize: int = 0
 
     @property
     def settings(self) -> dict[str, Any]:
         """What features depend on, as plain values."""
-        return {"encoder": self.name, "weights": self.weights, "size": self.size, "normalization": self.normalization}
+        geometry = {"size": self.size} | ({"resize": self.resize} if self.resize else {})
+        return {"encoder": self.name, "weights": self.weights, **geometry, "normalization": self.normalization}
 
     def to(self, device: torch.device) -> Encoder:
         """Move the model and return itself."""
@@ -75,9 +78,14 @@ class Encoder:
             ``(B, D)`` float32.
         """
         images = tiles.movedim(-1, 1).float() / 255
-        if self.size and images.shape[-2:] != (self.size, self.size):
-            size = (self.size, self.size)
-            images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        side = self.resize or self.size
+        if side and images.shape[-2:] != (side, side):
+            images = F.interpolate(images, (side, side), mode="bicubic", antialias=True, align_corners=False).clamp(
+                0, 1
+            )
+        if side > self.size:
+            middle = slice((side - self.size) // 2, (side + self.size) // 2)
+            images = images[..., middle, middle]
         mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in self.normalization)
         with torch.autocast(tiles.device.type, dtype, enabled=dtype != torch.float32):
             return self.function((images - mean) / std).float()
@@ -130,11 +138,11 @@ def load_encoder(
     origin = f"pretrained:{facts.hub or facts.model}" if pretrained else "random"
     if given is not None and folder is None:
         if facts.library != "conch":  # whose package has read the file
-            load_weights(network.model, read_state_dict(given), source=given)
+            load_weights(network.model, image_tower(read_state_dict(given), facts), source=given)
         origin = f"file:{file_digest(given)}"
     elif folder is not None:
         origin = f"folder:{folder.name}"
-    return Encoder(facts.name, network.eval(), facts.dim, facts.size, facts.normalization, origin, facts)
+    return Encoder(facts.name, network.eval(), facts.dim, facts.size, facts.normalization, origin, facts, facts.resize)
 
 
 def check_source(facts: EncoderFacts, *, has_file: bool, pretrained: bool, folder: Path | None) -> None:
@@ -199,12 +207,20 @@ def build(facts: EncoderFacts, *, pretrained: bool, folder: Path | None = None) 
     has_weights = pretrained or folder is not None
     if facts.library == "open_clip":
         open_clip = require("open_clip", purpose=f"Encoder {facts.name}")
-        tower: nn.Module = open_clip.create_model(source, load_weights=has_weights).visual
+        with quiet_root_logger():
+            tower: nn.Module = open_clip.create_model(
+                source,
+                load_weights=has_weights,
+                require_pretrained=has_weights,  # or a missing file would leave random weights and a log entry
+                pretrained_text=False,
+            ).visual
         return Pooled(tower, tower)
     if facts.library == "transformers":
         from transformers import AutoModel
 
-        model: nn.Module = AutoModel.from_pretrained(str(folder or facts.hub), local_files_only=folder is not None)
+        model: Any = AutoModel.from_pretrained(str(folder or facts.hub), local_files_only=folder is not None)
+        if facts.pooling == "projection":
+            return Pooled(*image_half(model))
         return Pooled(model, lambda images: pooled_tokens(model(images).last_hidden_state, facts))
     import timm
 
@@ -220,6 +236,18 @@ def build(facts: EncoderFacts, *, pretrained: bool, folder: Path | None = None) 
     if facts.pooling == "cls+mean":
         return Pooled(model, lambda images: pooled_tokens(model(images), facts))
     return Pooled(model, model)
+
+
+def image_tower(state: Mapping[str, Tensor], facts: EncoderFacts) -> dict[str, Tensor]:
+    """Return the weights of the image tower, which open_clip's files hold beside the text tower's."""
+    own = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
+    return own if own and facts.library == "open_clip" else dict(state)
+
+
+def image_half(clip: Any) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:  # noqa: ANN401 - transformers' own
+    """Return the image tower of a CLIP with its projection, and the function that embeds images by them."""
+    tower, projection = clip.vision_model, clip.visual_projection
+    return nn.ModuleList([tower, projection]), lambda images: projection(tower(images).pooler_output)
 
 
 def build_conch(facts: EncoderFacts, weights: Path | None) -> Pooled:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from saccade.checkpoints import (
     file_digest,
     filter_state_dict,
     load_weights,
+    quiet_root_logger,
     read_checkpoint,
     read_state_dict,
 )
@@ -240,17 +239,6 @@ def from_open_clip(source: ModelSource) -> LoadedModel:
     else:
         origin = f"pretrained:{tag or model_name}" if trained else "random"
     return LoadedModel(tower, name, origin, data_config)
-
-
-@contextmanager
-def quiet_root_logger() -> Iterator[None]:
-    """Keep open_clip's log entries from installing a handler that prints them; handlers of the application get them."""
-    root, handler = logging.getLogger(), logging.NullHandler()
-    root.addHandler(handler)
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
 
 
 def download(name: str, options: dict[str, Any]) -> nn.Module:

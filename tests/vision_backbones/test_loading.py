@@ -1,7 +1,6 @@
 """From a model's name to a model with weights: every source, and what is said when one cannot be used."""
 
 import argparse
-import json
 from pathlib import Path
 
 import pytest
@@ -13,34 +12,14 @@ from safetensors.torch import save_file
 from saccade.errors import CheckpointError, ConfigError, MissingResourceError
 from saccade.vision_backbones import ImageClassifier, ModelSource, load_model
 from tests.helpers import assert_close, randn, run_cli
+from tests.tiny_clip import clip_folder
 
 TINY = "test_vit"  # timm's own test models: a few hundred thousand weights at 160 px
-TINY_CLIP = {
-    "model_cfg": {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 64, "layers": 1, "width": 64, "patch_size": 32},
-        "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 64, "heads": 1, "layers": 1},
-    },
-    "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation": "bilinear"},
-}
 
 
 def make(name: str = TINY, classes: int = 3, seed: int = 1) -> torch.nn.Module:
     torch.manual_seed(seed)
     return timm.create_model(name, num_classes=classes).eval()
-
-
-def clip_folder(folder: Path, *, weights: bool = True) -> torch.nn.Module:
-    """Write a tiny open_clip model as a local folder and return the whole model."""
-    import open_clip
-
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "open_clip_config.json").write_text(json.dumps(TINY_CLIP))
-    torch.manual_seed(3)
-    whole = open_clip.create_model(f"local-dir:{folder}", load_weights=False).eval()
-    if weights:
-        save_file(whole.state_dict(), folder / "model.safetensors")
-    return whole
 
 
 def same(loaded, model, size: int) -> None:
