@@ -9,18 +9,19 @@ from pathlib import Path
 
 from saccade.errors import ConfigError
 
-__all__ = ["RUNS", "create_run_folder", "latest_run", "run_of"]
+__all__ = ["RUNS", "create_run_folder", "latest_run", "run_of", "runs_of"]
 
 RUNS = Path("runs")
 
 
-def create_run_folder(name: str) -> Path:
-    """Create ``runs/NAME/<now>``, never an existing folder, and note it in ``runs/NAME/latest``.
+def runs_of(name: str) -> Path:
+    """Return ``runs/NAME``; characters that do not belong in file names become ``_``."""
+    return RUNS / (re.sub(r"[^\w.+-]+", "_", name) or "run")
 
-    Args:
-        name: Characters that do not belong in file names become ``_``.
-    """
-    parent = RUNS / (re.sub(r"[^\w.+-]+", "_", name) or "run")
+
+def create_run_folder(name: str) -> Path:
+    """Create ``runs/NAME/<now>``, never an existing folder, and note it in ``runs/NAME/latest``."""
+    parent = runs_of(name)
     parent.mkdir(parents=True, exist_ok=True)
     stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
     for number in count(1):  # two fits may start in the same second
@@ -40,9 +41,9 @@ def latest_run(name: str | None) -> Path:
     Raises:
         ConfigError: If there is none.
     """
-    notes = sorted(RUNS.glob(f"{name or '*'}/latest"), key=lambda path: path.stat().st_mtime)
+    where = runs_of(name) if name else RUNS
+    notes = sorted(where.glob("latest" if name else "*/latest"), key=lambda path: path.stat().st_mtime)
     if not notes:
-        where = RUNS / name if name else RUNS
         raise ConfigError(f"There is no run to resume in {where}/ (working directory: {Path.cwd()}).")
     return notes[-1].parent / notes[-1].read_text(encoding="utf-8").strip()
 

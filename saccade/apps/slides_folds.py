@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from saccade.apps.run_folder import RUNS, latest_run
+from saccade.apps.run_folder import latest_run, runs_of
 from saccade.apps.screen import finish_run, table_lines
 from saccade.errors import ConfigError, DataError
 
@@ -50,7 +50,7 @@ def cross_validate(args: argparse.Namespace, settings: Mapping[str, Any], train:
 
     files = fold_files(args.split)
     name = args.name or args.model
-    folder = RUNS / f"{name}-folds"
+    folder = runs_of(f"{name}-folds")
     digests = {path.stem: file_digest(path) for path in files} | {"labels": file_digest(args.labels)}
     run = Run(
         "slides train",
@@ -69,12 +69,14 @@ def cross_validate(args: argparse.Namespace, settings: Mapping[str, Any], train:
             code = train(item.path, f"{name}-{item.id}", interrupted_run(f"{name}-{item.id}") if goes_on else None)
             if code in (130, 143):
                 raise KeyboardInterrupt
-            if code:
-                error = DataError(f"the training ended with exit code {code}", reason="training")
+            try:
+                if code:
+                    raise DataError(f"the training ended with exit code {code}", reason="training")
+                row = test_fold(latest_run(f"{name}-{item.id}"))
+            except DataError as error:
                 run.fail(item, error, seconds=time.monotonic() - started)
-                continue
-            row = test_fold(latest_run(f"{name}-{item.id}"))
-            run.done(item, row=row, seconds=time.monotonic() - started)
+            else:
+                run.done(item, row=row, seconds=time.monotonic() - started)
     if run.summary.failed == 0:
         rows = pool([path.stem for path in files], name, folder)
         print("\n".join(summary_lines(rows)))
@@ -88,7 +90,7 @@ def stored_settings(manifest: Path) -> object:
 
 def interrupted_run(name: str) -> Path | None:
     """Return the newest run of a name, if it has something to go on from."""
-    if not (RUNS / name / "latest").is_file():
+    if not (runs_of(name) / "latest").is_file():
         return None
     folder = latest_run(name)
     return folder if (folder / "checkpoints" / "last.ckpt").is_file() else None

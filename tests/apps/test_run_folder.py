@@ -19,7 +19,9 @@ def with_checkpoints(folder, *names):
 
 
 def test_names_that_are_no_folder_names():
-    assert create_run_folder("hf-hub:org/x y").parent.name == "hf-hub_org_x_y"
+    folder = create_run_folder("hf-hub:org/x y")
+    assert folder.parent.name == "hf-hub_org_x_y"
+    assert latest_run("hf-hub:org/x y") == folder
 
 
 def test_latest_follows_the_newest_run():

@@ -88,6 +88,21 @@ def test_cross_validation_goes_on_where_it_stopped(place, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+def test_folds_that_cannot_be_trained_or_tested_are_told_and_tried_again(place):
+    """A damaged bag, which is in the test of one fold and in the training of the others; the name is no folder's."""
+    bag = place / "bags" / next(row["slide"] for row in rows_of("splits/fold1.csv") if row["split"] == "test")
+    content = bag.with_suffix(".h5").read_bytes()
+    bag.with_suffix(".h5").write_bytes(b"no bag")
+    run = [*TRAIN, "--epochs", "1", "--name", "a try"]
+    assert main(run) == 1
+    journal = Path("runs/a_try-folds/items.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [entry["reason"] for entry in map(json.loads, journal)] == ["training", "test", "training"]
+    bag.with_suffix(".h5").write_bytes(content)
+    assert main(run) == 0
+    assert len(rows_of("runs/a_try-folds/slides.csv")) == 24
+
+
+@pytest.mark.slow
 def test_an_interrupted_fold_goes_on_from_its_last_epoch(place, monkeypatch):
     real = slides_training.fit
 
