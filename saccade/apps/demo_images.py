@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saccade.apps.demo_report import Session
+from saccade.apps.run_folder import latest_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +36,7 @@ def show(session: Session) -> tuple[str, dict[str, str]]:
     Path("inbox/empty.jpg").touch()
 
     session.call("saccade fit -c image/demo --name demo")
-    folder = Path("runs/demo", Path("runs/demo/latest").read_text(encoding="utf-8").strip())
+    folder = latest_run("demo")
     model = f"{folder}/checkpoints/last.ckpt"
     session.call(f"saccade test {folder}")
     session.call(f"saccade classify inbox/ -m {model} -o predictions.csv --topk 3", expect=3)

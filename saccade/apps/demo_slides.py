@@ -11,11 +11,10 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from saccade.apps.demo_report import Session, table
+from saccade.apps.run_folder import latest_run
 
 if TYPE_CHECKING:
     from saccade.mil.localization import Localization
-    from saccade.mil.slide_backends import Pixels
-    from saccade.mil.tissue import Polygon
 
 __all__ = ["show"]
 
@@ -124,10 +123,9 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def read_intervals(name: str) -> dict[tuple[str, str], tuple[float, float, float]]:
     """Return value and interval of a model's metrics, by level and metric."""
-    run = Path("runs", name, Path("runs", name, "latest").read_text(encoding="utf-8").strip())
     return {
         (row["level"], row["metric"]): (float(row["value"]), float(row["low"]), float(row["high"]))
-        for row in read_rows(run / "test" / "intervals.csv")
+        for row in read_rows(latest_run(name) / "test" / "intervals.csv")
     }
 
 
@@ -159,24 +157,12 @@ def draw_beside(key: str) -> None:
     from saccade.mil import Slide
     from saccade.mil.geojson import read_polygons
     from saccade.mil.heatmap_figures import side_by_side
-    from saccade.mil.tissue import overview
+    from saccade.mil.tissue import draw_outlines, overview
 
     polygons = read_polygons(lesion_of(key))
     maps = {name: np.array(Image.open(Path("out/heatmaps", name, f"{key}.png")).convert("RGB")) for name in MODELS}
     with Slide(Path("cohort", f"{key}.tif")) as slide:
         scale = max(1.0, slide.width / next(iter(maps.values())).shape[1])
         pictures = {"the lesion": overview(slide, scale)} | {MODELS[name]: picture for name, picture in maps.items()}
-    drawn = {title: with_outline(picture, polygons, scale) for title, picture in pictures.items()}
+    drawn = {title: draw_outlines(picture, polygons, scale, OUTLINE, 8) for title, picture in pictures.items()}
     Image.fromarray(side_by_side(drawn, height=360)).save(f"{key}.png")
-
-
-def with_outline(picture: Pixels, polygons: Sequence[Polygon], scale: float) -> Pixels:
-    """Return a picture with outlines drawn on it."""
-    import cv2
-    import numpy as np
-
-    out = np.ascontiguousarray(picture)
-    for polygon in polygons:
-        for ring in (polygon.exterior, *polygon.holes):
-            cv2.polylines(out, [np.round(ring / scale).astype(np.int32)[:, None]], True, OUTLINE, 8, cv2.LINE_AA)
-    return out

@@ -25,11 +25,12 @@ from saccade.mil.slide import Slide
 from saccade.mil.slide_backends import Pixels
 from saccade.mil.slide_items import SlideItem
 from saccade.mil.tiles import TileGrid, TileOptions, make_grid
-from saccade.mil.tissue import Tissue, TissueOptions, find_tissue, overview
+from saccade.mil.tissue import Tissue, TissueOptions, draw_outlines, find_tissue, overview
 
 __all__ = ["Outcome", "Places", "SlideJob", "SlideWorker", "describe"]
 
 PREVIEW = 1024  # longest side of a preview in pixels
+OUTLINE = (0, 140, 60)
 EXPECTED = (DataError, ConfigError, MemoryError)  # what makes a slide fail and lets the run go on
 
 
@@ -316,12 +317,7 @@ def save_coords(path: Path, grid: TileGrid, slide: Slide) -> None:
 
 def save_preview(path: Path, slide: Slide, tissue: Tissue) -> None:
     """Write a thumbnail with the contours of the tissue."""
-    import cv2
-
     scale = max(1.0, max(slide.width, slide.height) / PREVIEW)
-    image = np.ascontiguousarray(overview(slide, scale))
-    for polygon in tissue.polygons:
-        for ring in (polygon.exterior, *polygon.holes):
-            cv2.polylines(image, [np.round(ring / scale).astype(np.int32)[:, None]], True, (0, 140, 60), 2, cv2.LINE_AA)
+    image = draw_outlines(overview(slide, scale), tissue.polygons, scale, OUTLINE, 2)
     with atomic_path(path) as temporary:
         Image.fromarray(image).save(temporary, quality=88)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,12 +15,13 @@ from saccade.errors import ConfigError, DataError
 from saccade.mil.slide import Slide
 from saccade.mil.slide_backends import Pixels
 
-__all__ = ["Polygon", "Tissue", "TissueOptions", "find_tissue", "overview", "polygons_of", "rasterize"]
+__all__ = ["Polygon", "Tissue", "TissueOptions", "draw_outlines", "find_tissue", "overview", "polygons_of", "rasterize"]
 
 Mask = NDArray[np.bool_]
 BLOCK, SMALL_BLOCK = 2048, 128  # pixels of a level that are read at a time; around damage
 LEAST_SATURATION = 12  # an Otsu threshold below this splits scanner noise, not tissue from glass
 BLANK = 1024  # longest side of the overview on which a slide of unknown resolution may prove empty
+FAR = 1 << 20  # pixels; no picture is that large, and OpenCV counts in 32 bits
 KEEP_SHARE = 0.1  # a piece with this share of the tissue stays, however small it is
 
 
@@ -281,6 +283,26 @@ def polygons_of(mask: Mask, scale_x: float, scale_y: float) -> tuple[Polygon, ..
         for index, (ring, parent) in enumerate(zip(rings, parents, strict=True))
         if parent < 0
     )
+
+
+def draw_outlines(
+    picture: Pixels, polygons: Sequence[Polygon], scale: float, color: tuple[int, int, int], width: int
+) -> Pixels:
+    """Return a picture of a slide with polygons and their holes outlined.
+
+    Args:
+        picture: RGB uint8 ``(Y, X, 3)``, left as it is.
+        polygons: In level-0 pixels.
+        scale: Level-0 pixels per pixel of the picture.
+        color: RGB.
+        width: Of the lines in pixels.
+    """
+    drawn = picture.copy()
+    for polygon in polygons:
+        for ring in (polygon.exterior, *polygon.holes):
+            points = np.round(np.clip(ring / scale, -FAR, FAR)).astype(np.int32)
+            cv2.polylines(drawn, [points[:, None]], True, color, width, cv2.LINE_AA)
+    return drawn
 
 
 def rasterize(polygons: tuple[Polygon, ...], shape: tuple[int, int], scale_x: float, scale_y: float) -> Mask:

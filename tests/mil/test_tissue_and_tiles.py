@@ -10,7 +10,7 @@ from saccade.errors import ConfigError, DataError
 from saccade.mil import Slide, TileOptions, TissueOptions, find_tissue, make_grid
 from saccade.mil.geojson import read_polygons, tissue_from_geojson, write_polygons, write_tiles
 from saccade.mil.tiles import snapped_mpp
-from saccade.mil.tissue import Tissue, overview, polygons_of, rasterize
+from saccade.mil.tissue import Polygon, Tissue, draw_outlines, overview, polygons_of, rasterize
 from tests.mil_slides import drawn_slide, write_pyramid
 
 
@@ -136,6 +136,18 @@ def test_hostile_geojson(tmp_path, text, message):
     with pytest.raises(DataError, match=message) as caught:
         read_polygons(tmp_path / "x.geojson")
     assert caught.value.reason == "bad_geojson"
+
+
+def test_outlines_on_a_picture():
+    """Also of polygons that reach far beyond it, as an edited file may."""
+    white = np.full((60, 80, 3), 255, np.uint8)
+    ring = np.array([[0, 0], [400, 0], [400, 2.0**39], [0, 2.0**39]])
+    drawn = draw_outlines(
+        white, [Polygon(ring, (np.array([[100, 200], [200, 200], [200, 300.0]]),))], 10, (9, 99, 9), 3
+    )
+    assert white.min() == 255
+    assert (drawn[30, 40].tolist(), drawn[20, 15].tolist()) == ([9, 99, 9], [9, 99, 9])
+    assert (drawn[:, 50:] == 255).all()
 
 
 def test_coverage_is_exact_area():
